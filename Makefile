@@ -1,0 +1,46 @@
+# Two commands: `make gate` and `make test`. Each sets up what it needs on a machine that has Python, git and make.
+# PYTHON=...       the interpreter to use, instead of the one that .ci/python finds or sets up
+# PYTEST_ARGS=...  further arguments for pytest, such as --require-gpu or -n 2
+
+SHELL := bash
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help gate test lint format setup clean distclean
+
+PYTHON ?=
+PYTEST_ARGS ?=
+# A recipe's first line of shell: the interpreter, found or set up.
+with_python = set -euo pipefail; python=$$(PYTHON='$(PYTHON)' bash .ci/python)
+ruff_pin = $(lastword $(subst ==, ,$(shell grep '^ruff==' constraints.txt)))
+# Another version of ruff would format differently, so only the pinned one judges; without it, one line says so.
+with_ruff = found=$$("$$python" -m ruff --version 2>/dev/null || echo "no ruff"); \
+	if [[ $$found != "ruff $(ruff_pin)" ]]; then \
+		echo "format and lint skipped: $$python has $$found, and ruff $(ruff_pin) is needed"; \
+	else ( set -x; $(1) ); fi
+check = "$$python" -m ruff format --check . && "$$python" -m ruff check .
+fix = "$$python" -m ruff check --fix . && "$$python" -m ruff format .
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 18
+
+gate:  ## the gate: every dsv4_flash case at 8 ranks
+	@$(with_python); set -x; "$$python" -m pytest -k dsv4_flash --ranks 8 $(PYTEST_ARGS)
+
+test:  ## formatting, lint and the whole suite
+	@$(with_python); $(call with_ruff,$(check)); set -x; "$$python" -m pytest $(PYTEST_ARGS)
+
+lint:  ## formatting and lint, checked only
+	@$(with_python); $(call with_ruff,$(check))
+
+format:  ## formatting and lint, put right
+	@$(with_python); $(call with_ruff,$(fix))
+
+setup:  ## only find or set up the interpreter, and print it
+	@$(with_python); echo "$$python"
+
+clean:  ## remove caches
+	rm -rf .pytest_cache .ruff_cache .hypothesis reports
+	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
+
+distclean: clean  ## remove caches and the .venv that make set up
+	@if [[ -e .venv && ! -e .venv/made-by-megaproof ]]; then echo ".venv is not make's own: left alone"; else rm -rf .venv; fi

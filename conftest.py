@@ -1,0 +1,310 @@
+"""Options, header and verdicts of the suite: what a run may be asked for, what it says of itself, and when it is green.
+
+Exit statuses are pytest's own, with two additions: 5 also when tests were selected and none of them passed or failed
+(a run that compared nothing is not green), and 3 for an environment that can't run the suite at all. torch is imported
+late: a run that needs no device starts at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import importlib.util
+import json
+import platform
+import re
+import shlex
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Generator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent
+MAX_RANKS = 72
+"""The largest number of ranks that the kernel's interface allows."""
+EXIT_ENVIRONMENT = 3
+REPRODUCE = "reproduce with"
+"""Title of the line that ends every failure."""
+SEED_BITS = 64
+"""Philox takes a key of 64 bits."""
+
+if importlib.util.find_spec("hypothesis"):
+    from hypothesis import settings
+
+    # The gate gives one verdict for one tree: no random examples, no deadline that depends on the machine, no memory of
+    # earlier runs. `--hypothesis-profile default` explores.
+    settings.register_profile("gate", derandomize=True, database=None, deadline=None, print_blob=True)
+    settings.load_profile("gate")
+
+
+# ---- Options ---------------------------------------------------------------------------------------------------------
+
+
+def _ranks(text: str) -> frozenset[int]:
+    """'1,2,8' -> {1, 2, 8}."""
+    parts = text.split(",")
+    if not all(re.fullmatch(r"[0-9]{1,4}", part) and 1 <= int(part) <= MAX_RANKS for part in parts):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a list of rank counts: it takes whole numbers from 1 to {MAX_RANKS} with commas between, "
+            "such as 8 or 1,2,8"
+        )
+    return frozenset(map(int, parts))
+
+
+def _seed(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,20}", text) or int(text) >= 1 << SEED_BITS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a seed: it takes a whole number from 0 to 2^{SEED_BITS} - 1")
+    return int(text)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("megaproof")
+    group.addoption(
+        "--ranks",
+        type=_ranks,
+        metavar="LIST",
+        help="run only the cases of these rank counts, such as 8 or 1,2,8 (default: those of every rank count)",
+    )
+    group.addoption(
+        "--seed",
+        type=_seed,
+        default=0,
+        metavar="N",
+        help="added to the seed of every case (default: 0, the seeds that the goldens were made with)",
+    )
+    group.addoption(
+        "--require-gpu", action="store_true", help="a test that needs a GPU and is skipped, for whatever reason, fails"
+    )
+
+
+# ---- The environment -------------------------------------------------------------------------------------------------
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    found = ".".join(map(str, sys.version_info[:2]))
+    if sys.version_info < (3, 11):  # noqa: UP036 - an older Python reads this file too, to be told so
+        pytest.exit(f"Python {found} runs this; megaproof needs 3.11 or later", EXIT_ENVIRONMENT)
+    missing = [name for name in ("torch", "numpy", "safetensors", "hypothesis") if not importlib.util.find_spec(name)]
+    if missing:
+        names = ", ".join(missing)
+        needed = "nothing of the suite works without; `make setup` prints an interpreter that has all it needs"
+        pytest.exit(f"{sys.executable} (Python {found}) has no {names}: {needed}", EXIT_ENVIRONMENT)
+    config.pluginmanager.register(Verdicts(config), "megaproof-verdicts")
+
+
+@functools.cache
+def _no_gpu() -> str | None:
+    """Why no test can run on a GPU here, on one line, or None if there is an SM90 GPU with a fitting driver."""
+    from kernel.build import EnvironmentMissing
+    from kernel.launch import require_device
+
+    try:
+        require_device()
+    except EnvironmentMissing as error:
+        return f"needs a GPU: {_first_line(error)}"
+    return None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+# ---- Collection ------------------------------------------------------------------------------------------------------
+
+
+def _case(item: pytest.Item) -> Any | None:
+    """The case of tests/cases.py that an item was parametrised with, if any."""
+    callspec = getattr(item, "callspec", None)
+    case = callspec.params.get("case") if callspec else None
+    return case if hasattr(case, "ranks") else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    ranks, seed = config.option.ranks, config.option.seed
+    if ranks:
+        dropped = [item for item in items if (case := _case(item)) and case.ranks not in ranks]
+        config.hook.pytest_deselected(items=dropped)
+        gone = set(dropped)
+        items[:] = [item for item in items if item not in gone]
+    if seed:
+        # One new case for each old one: fixtures of a wider scope compare their parameter by identity.
+        reseeded: dict[int, Any] = {}
+        for item in items:
+            if case := _case(item):
+                if id(case) not in reseeded:
+                    reseeded[id(case)] = dataclasses.replace(case, seed=(case.seed + seed) % (1 << SEED_BITS))
+                item.callspec.params["case"] = reseeded[id(case)]
+
+
+def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Item]) -> list[str]:
+    cases = [item for item in items if _case(item)]
+    on_gpu = sum(1 for item in items if item.get_closest_marker("gpu"))
+    return [f"megaproof: {len(items)} tests selected, {len(cases)} of them on cases; {on_gpu} need a GPU"]
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and (reason := _no_gpu()):
+        pytest.skip(reason)
+
+
+# ---- Verdicts --------------------------------------------------------------------------------------------------------
+
+
+def _python() -> str:
+    """The shortest name by which a shell in the checkout finds the running interpreter."""
+    executable = Path(sys.executable)
+    if executable.is_relative_to(ROOT):
+        return str(executable.relative_to(ROOT))
+    return next((name for name in ("python", "python3") if shutil.which(name) == sys.executable), sys.executable)
+
+
+def _reproduce(item: pytest.Item | pytest.Collector) -> str:
+    option, case = item.config.option, _case(item) if isinstance(item, pytest.Item) else None
+    command = f"{shlex.quote(_python())} -m pytest {shlex.quote(item.nodeid)}"
+    if item.config.invocation_params.dir != item.config.rootpath:
+        command = f"cd {shlex.quote(str(item.config.rootpath))} && {command}"
+    if case:
+        command += f" --ranks {case.ranks} --seed {option.seed}"
+    if option.require_gpu:
+        command += " --require-gpu"
+    return command
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    expected = hasattr(report, "wasxfail")
+    if report.skipped and not expected and item.config.option.require_gpu and item.get_closest_marker("gpu"):
+        report.outcome = "failed"
+        report.longrepr = f"skipped under --require-gpu: {_skip_reason(report)}"
+    if report.failed:
+        line = _reproduce(item)
+        report.sections.append((REPRODUCE, line))
+        report.user_properties.append(("reproduce", line))
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    if report.failed:
+        report.sections.append((REPRODUCE, _reproduce(collector)))
+    return report
+
+
+def _skip_reason(report: pytest.TestReport | pytest.CollectReport) -> str:
+    text = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    return text.removeprefix("Skipped: ")
+
+
+class Verdicts:
+    """What a whole run amounts to. With pytest-xdist the controller sees the reports of all workers."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.compared = 0
+        self.skips: Counter[str] = Counter()
+        self.failures: list[str] = []
+        self.is_worker = hasattr(config, "workerinput")
+        self.runs_tests = not config.option.collectonly
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.skipped and not hasattr(report, "wasxfail"):
+            self.skips[_skip_reason(report)] += 1
+        elif report.failed or (report.passed and report.when == "call"):
+            self.compared += 1
+        self._note_failure(report)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.skipped:
+            self.skips[f"{_skip_reason(report)} (a whole {'file' if report.nodeid.endswith('.py') else 'group'})"] += 1
+        self._note_failure(report)
+
+    def _note_failure(self, report: pytest.TestReport | pytest.CollectReport) -> None:
+        self.failures += [line for name, line in report.sections if name == REPRODUCE]
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        if exitstatus == pytest.ExitCode.OK and self.runs_tests and not self.is_worker and not self.compared:
+            session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+        write = terminalreporter.write_line
+        if self.skips:
+            terminalreporter.section("skipped, by reason")
+            for reason, count in self.skips.most_common():
+                write(f"{count:5d}  {reason}")
+        if self.failures and "no" in (config.option.tbstyle, config.option.showcapture):  # the tracebacks hid them
+            terminalreporter.section(REPRODUCE)
+            for line in self.failures:
+                write(line)
+        if self.runs_tests and not self.compared:
+            terminalreporter.section("nothing was compared")
+            write("No test passed or failed, so nothing is proven: this is not green (exit status 5).")
+
+
+# ---- Header ----------------------------------------------------------------------------------------------------------
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    """What decides the result of this run: options, versions, device, arithmetic and silicon goldens."""
+    option = config.option
+    ranks = ",".join(map(str, sorted(option.ranks))) if option.ranks else "all"
+    lines = [f"ranks {ranks}, seed {option.seed}, require-gpu {'yes' if option.require_gpu else 'no'}"]
+    for describe in (_versions, _device, _arithmetic, _silicon):
+        try:
+            lines.append(describe())
+        except Exception as error:  # a header never stops a run: the tests will say the same, with a traceback
+            lines.append(f"{describe.__name__.removeprefix('_')}: unknown ({_first_line(error)})")
+    return [f"megaproof: {line}" for line in lines]
+
+
+def _versions() -> str:
+    def version(name: str) -> str:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            return "absent"
+
+    names = ("torch", "numpy", "numba", "cuda-core", "nvidia-cuda-nvrtc")
+    return ", ".join([f"python {platform.python_version()}", *(f"{name} {version(name)}" for name in names)])
+
+
+def _device() -> str:
+    if reason := _no_gpu():
+        return f"device cpu ({reason})"
+    from kernel.launch import require_device
+
+    device = require_device()
+    return f"device {device.name}, chip {device.chip}, {device.sms} SMs, driver {device.driver}"
+
+
+def _arithmetic() -> str:
+    from quant import twin
+
+    return "arithmetic " + "; ".join(map(twin.describe, ["cpu"] if _no_gpu() else ["cpu", "cuda"]))
+
+
+def _silicon() -> str:
+    from quant.tables import DEFAULT_CHIP, SILICON
+
+    manifest = SILICON / "manifest.json"
+    measured = json.loads(manifest.read_text())["chips"] if manifest.is_file() else {}
+    chip = DEFAULT_CHIP
+    if not _no_gpu():
+        from kernel.launch import require_device
+
+        chip = require_device().chip
+    if chip in measured:
+        return f"silicon goldens of {chip}: measured"
+    known = ", ".join(measured) or "none"
+    return f"silicon goldens of {chip}: unmeasured (measured: {known}); `python -m golden capture` measures this chip"

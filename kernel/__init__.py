@@ -1,0 +1,1 @@
+"""The machine: CUDA sources, their compiler and their launcher. `python -m kernel build` compiles and gates them."""

@@ -1,0 +1,46 @@
+"""Which arithmetic the layer runs on: the compiled twin of a device, or the readable atoms where it cannot be had.
+
+All of them are modules with the names of `quant/atoms.py`, so the layer is one text for every one. `codes` is the
+generator, in the same three forms.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from quant import atoms, philox
+
+
+@cache
+def _choose(kind: str) -> tuple[ModuleType, str]:
+    try:
+        if kind == "cuda":
+            from quant import twin_gpu
+
+            twin_gpu.compile_twin()
+            return twin_gpu, twin_gpu.NAME
+        from quant import twin_cpu
+
+        return twin_cpu, twin_cpu.NAME
+    except Exception as error:  # no numba, no NVRTC: slower, and the same bits
+        return atoms, f"readable torch atoms on {kind}: no compiled twin ({error})"
+
+
+def arith(device: torch.device | str = "cpu") -> ModuleType:
+    """The atoms to compute with on a device: twin_cpu, twin_gpu, or quant.atoms. The bits do not depend on it."""
+    return _choose(torch.device(device).type)[0]
+
+
+def describe(device: torch.device | str = "cpu") -> str:
+    """One line: which arithmetic `arith` chose for a device, and why where it is the slow one."""
+    return _choose(torch.device(device).type)[1]
+
+
+def codes(seed: int, stream: int, count: int, lut: Tensor) -> Tensor:
+    """`philox.codes`, compiled where possible: uint8 [count] on lut's device."""
+    module = arith(lut.device)
+    return (philox if module is atoms else module).codes(seed, stream, count, lut)

@@ -1,0 +1,328 @@
+"""The atoms compiled for a CPU with numba: same names, same contracts, same bits as `quant/atoms.py`.
+
+Every function runs on one core and releases the GIL; `moe_layer` runs experts side by side. LLVM neither contracts nor
+reorders floating point here (fastmath is off); the one fused operation is an explicit intrinsic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numba
+import numpy as np
+import torch
+from numba import guvectorize, njit, vectorize
+from torch import Tensor
+
+from quant import atoms, lanes, tables
+from quant.formats import F32_NAN
+from quant.philox import MULTIPLIERS, ROUNDS, WEYL, check
+
+NAME = f"numba {numba.__version__} on the CPU"
+
+_compiled = njit(cache=True, nogil=True, error_model="numpy", fastmath=False)
+_STEP = atoms.K_STEP
+
+
+# --- the FP8 tensor core ----------------------------------------------------------------------------------------------
+
+
+@_compiled
+def _pow2(e):
+    return np.int32((e + 127) << 23).view(np.float32)
+
+
+@_compiled
+def _step(c, emax, a_value, i, b_value):
+    """One k32 step on a finite c, given the largest exponent of the products: atoms.wgmma_e4m3's rule."""
+    bits = np.float32(c).view(np.int32)
+    if emax < -100:  # no product: c alone, cut to 13 fraction bits; zero is +0
+        kept = np.int32(bits & ~np.int32(0x3FF))
+        return np.int32(0 if (kept & 0x7FFFFFFF) == 0 else kept).view(np.float32)
+    if c != 0:
+        emax = max(emax, np.int32(max((bits >> 23) & 0xFF, 1) - 127))
+    scale = _pow2(13 - emax)  # emax >= -12 here: no overflow; a cast to integer cuts toward zero, as the chip does
+    total = np.int32(lanes.cut_sum(a_value, i, b_value, scale) + np.int32(c * scale))
+    kept = np.float32(total).view(np.int32) & ~np.int32(0x3FF)  # 14 significant bits
+    return np.int32(kept).view(np.float32) * _pow2(emax - 13)
+
+
+@_compiled
+def _chain(a, b, acc):
+    """acc = chain of k32 steps over the whole depth, in place; a uint8 [M, K], b uint8 [N, K], acc float32 [M, N]."""
+    rows, depth = a.shape
+    a_value = np.empty(rows * depth, np.float32)
+    a_exponent = np.empty(rows * depth, np.int32)
+    a_nan = np.zeros(rows, np.bool_)
+    for m in range(rows):
+        for k in range(0, depth, _STEP):
+            a_nan[m] |= lanes.decode(a[m], k, a_value, a_exponent, m * depth + k)
+    b_value = np.empty(_STEP, np.float32)
+    b_exponent = np.empty(_STEP, np.int32)
+    for n in range(b.shape[0]):
+        b_nan = False
+        for k in range(0, depth, _STEP):
+            b_nan |= lanes.decode(b[n], k, b_value, b_exponent, 0)
+            for m in range(rows):
+                c = acc[m, n]
+                if np.isfinite(c):
+                    emax = lanes.max_exponent(a_exponent, m * depth + k, b_exponent)
+                    acc[m, n] = _step(c, emax, a_value, m * depth + k, b_value)
+        for m in range(rows):
+            if a_nan[m] or b_nan or np.isnan(acc[m, n]):
+                acc[m, n] = np.uint32(F32_NAN).view(np.float32)
+
+
+def wgmma_chain(a: Tensor, b: Tensor, c: Tensor | None = None) -> Tensor:
+    """See `atoms.wgmma_chain`."""
+    atoms.check_chain(a, b)
+    acc = torch.zeros(a.shape[0], b.shape[0]) if c is None else c.contiguous().clone()
+    _chain(_rows(a).numpy(), _rows(b).numpy(), acc.numpy())
+    return acc
+
+
+def wgmma_e4m3(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """See `atoms.wgmma_e4m3`."""
+    return atoms.by_tile(wgmma_chain, a, b, c)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Rows may be strided (a K block of a larger matrix); within a row bytes are adjacent."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+# --- element by element: one scalar function an atom, one loop for all ------------------------------------------------
+
+
+@_compiled
+def _one_nan(x):
+    return np.uint32(F32_NAN).view(np.float32) if np.isnan(x) else x
+
+
+@_compiled
+def _scalar_fma(a, b, c):
+    return _one_nan(lanes.fma(a, b, c))
+
+
+@_compiled
+def _scalar_rcp(x, rcp):
+    bits = np.float32(x).view(np.uint32)
+    sign, field, mantissa = bits & 0x80000000, (bits >> 23) & 0xFF, bits & 0x7FFFFF
+    if field == 255 and mantissa != 0:
+        return np.uint32(F32_NAN).view(np.float32)
+    if field == 0:
+        return np.uint32(sign | 0x7F800000).view(np.float32)
+    if field > 253 or (field == 253 and mantissa != 0):
+        return np.uint32(sign).view(np.float32)
+    return np.uint32(sign | (rcp[mantissa] + ((127 - field) << 23))).view(np.float32)
+
+
+@_compiled
+def _scalar_ex2(x, ex2):
+    bits = np.float32(x).view(np.uint32)
+    if np.isnan(x):
+        return np.uint32(F32_NAN).view(np.float32)
+    field = np.int64((bits >> 23) & 0xFF)
+    fixed = np.int64(0)
+    if field > 0:
+        significand = np.int64(bits & 0x7FFFFF) + (1 << 23)
+        fixed = significand << min(field - 127, 16) if field >= 127 else significand >> min(127 - field, 31)
+    index, n = fixed & 0x7FFFFF, fixed >> 23
+    if bits >> 31:
+        n = -n
+        if index:
+            n, index = n - 1, 0x7FFFFF - index
+    if n > 127:
+        return np.float32(np.inf)
+    if n < -126:
+        return np.float32(0)
+    return np.int32(ex2[index] + (n << 23)).view(np.float32)
+
+
+@_compiled
+def _scalar_expf(x, ex2):
+    log2_e = np.uint32(atoms.LOG2_E).view(np.float32)
+    t = lanes.fma(x, np.uint32(0x3BBB989D).view(np.float32), np.float32(0.5))
+    t = np.float32(0) if np.isnan(t) else min(max(t, np.float32(0)), np.float32(1))
+    n = np.int32(np.floor(np.float64(t) * 252.0)) - 126
+    f = lanes.fma(x, log2_e, np.float32(-n))
+    f = lanes.fma(x, np.uint32(0x32A57060).view(np.float32), f)
+    return _one_nan(np.float32(_scalar_ex2(f, ex2) * _pow2(n)))
+
+
+@_compiled
+def _scalar_silu_fast(x, rcp, ex2):
+    e = _scalar_ex2(np.float32(-x * np.uint32(atoms.LOG2_E).view(np.float32)), ex2)
+    return _one_nan(np.float32(x * _scalar_rcp(np.float32(np.float32(1) + e), rcp)))
+
+
+@_compiled
+def _scalar_silu_precise(x, ex2):
+    one = np.float32(1)
+    return _one_nan(np.float32(x * np.float32(one / np.float32(one + _scalar_expf(-x, ex2)))))
+
+
+@_compiled
+def _scalar_encode_e4m3(x):
+    bits = np.float32(x).view(np.uint32)
+    sign, magnitude = (bits >> 24) & 0x80, bits & 0x7FFFFFFF
+    if magnitude > 0x7F800000:
+        return np.uint8(0x7F)
+    if magnitude >= 0x43E00000:  # 448
+        return np.uint8(sign | 0x7E)
+    if magnitude < 0x3C800000:  # below 2^-6: adding 2^14 rounds to a multiple of 2^-9, nearest even
+        shifted = np.float32(np.uint32(magnitude).view(np.float32) + np.float32(16384))
+        return np.uint8(sign | (np.float32(shifted).view(np.uint32) - np.uint32(0x46800000)))
+    rounded = magnitude + 0x7FFFF + ((magnitude >> 20) & 1)
+    return np.uint8(sign | min((rounded >> 20) - (120 << 3), 0x7E))
+
+
+@_compiled
+def _scalar_decode_e4m3(code):
+    magnitude, sign = np.uint32(code & 0x7F), np.uint32(code & 0x80) << 24
+    if magnitude == 0x7F:
+        return np.uint32(F32_NAN).view(np.float32)
+    if magnitude < 8:
+        value = np.float32(magnitude) * np.float32(2.0**-9)
+        return np.uint32(np.float32(value).view(np.uint32) | sign).view(np.float32)
+    return np.uint32(((magnitude << 20) + (120 << 23)) | sign).view(np.float32)
+
+
+@_compiled
+def _scalar_encode_bf16(x):
+    bits = np.float32(x).view(np.uint32)
+    if (bits & 0x7FFFFFFF) > 0x7F800000:
+        return np.int16(0x7FFF)
+    return np.int16((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16)
+
+
+@_compiled
+def _scalar_decode_bf16(code):
+    return _one_nan(np.uint32((np.uint32(code) & 0xFFFF) << 16).view(np.float32))
+
+
+# Eager signatures, cached on disk; the loops below are numpy ufuncs, so they broadcast as numpy does.
+_unary = {"nopython": True, "cache": True}
+
+
+@guvectorize("void(float32[:], int32[:], float32[:])", "(n),(t)->(n)", **_unary)
+def _rcp(x, rcp, out):
+    for i in range(x.size):
+        out[i] = _scalar_rcp(x[i], rcp)
+
+
+@guvectorize("void(float32[:], int32[:], float32[:])", "(n),(t)->(n)", **_unary)
+def _ex2(x, ex2, out):
+    for i in range(x.size):
+        out[i] = _scalar_ex2(x[i], ex2)
+
+
+@guvectorize("void(float32[:], int32[:], float32[:])", "(n),(t)->(n)", **_unary)
+def _expf(x, ex2, out):
+    for i in range(x.size):
+        out[i] = _scalar_expf(x[i], ex2)
+
+
+@guvectorize("void(float32[:], int32[:], int32[:], float32[:])", "(n),(t),(t)->(n)", **_unary)
+def _silu_fast(x, rcp, ex2, out):
+    for i in range(x.size):
+        out[i] = _scalar_silu_fast(x[i], rcp, ex2)
+
+
+@guvectorize("void(float32[:], int32[:], float32[:])", "(n),(t)->(n)", **_unary)
+def _silu_precise(x, ex2, out):
+    for i in range(x.size):
+        out[i] = _scalar_silu_precise(x[i], ex2)
+
+
+_fma = vectorize("float32(float32, float32, float32)", **_unary)(_scalar_fma.py_func)
+_encode_e4m3 = vectorize("uint8(float32)", **_unary)(_scalar_encode_e4m3.py_func)
+_decode_e4m3 = vectorize("float32(uint8)", **_unary)(_scalar_decode_e4m3.py_func)
+_encode_bf16 = vectorize("int16(float32)", **_unary)(_scalar_encode_bf16.py_func)
+_decode_bf16 = vectorize("float32(int16)", **_unary)(_scalar_decode_bf16.py_func)
+
+
+def _table(name: str) -> np.ndarray:
+    return tables.load(name).numpy()
+
+
+def _flat(x: Tensor, function: Callable[..., np.ndarray], *table_names: str) -> Tensor:
+    flat = x.contiguous().reshape(-1).numpy()
+    with np.errstate(all="ignore"):  # NaN, infinities and overflow are results here, not accidents
+        return torch.from_numpy(function(flat, *map(_table, table_names))).reshape(x.shape)
+
+
+def rcp_approx(x: Tensor) -> Tensor:
+    """See `atoms.rcp_approx`."""
+    return _flat(x, _rcp, "rcp")
+
+
+def ex2_approx(x: Tensor) -> Tensor:
+    """See `atoms.ex2_approx`."""
+    return _flat(x, _ex2, "ex2")
+
+
+def expf(x: Tensor) -> Tensor:
+    """See `atoms.expf`."""
+    return _flat(x, _expf, "ex2")
+
+
+def silu(x: Tensor, fast: bool) -> Tensor:
+    """See `atoms.silu`."""
+    return _flat(x, _silu_fast, "rcp", "ex2") if fast else _flat(x, _silu_precise, "ex2")
+
+
+def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """See `atoms.fma`."""
+    with np.errstate(all="ignore"):
+        return torch.from_numpy(np.asarray(_fma(a.numpy(), b.numpy(), c.numpy())))
+
+
+def encode_e4m3(x: Tensor) -> Tensor:
+    """See `atoms.encode_e4m3`."""
+    return _flat(x, _encode_e4m3)
+
+
+def decode_e4m3(codes: Tensor) -> Tensor:
+    """See `atoms.decode_e4m3`."""
+    return _flat(codes, _decode_e4m3)
+
+
+def encode_bf16(x: Tensor) -> Tensor:
+    """See `atoms.encode_bf16`."""
+    return _flat(x, _encode_bf16).view(torch.bfloat16)
+
+
+def decode_bf16(x: Tensor) -> Tensor:
+    """See `atoms.decode_bf16`."""
+    return _flat(x.contiguous().view(torch.int16), _decode_bf16)
+
+
+# --- the generator ----------------------------------------------------------------------------------------------------
+
+
+@_compiled
+def _philox_codes(seed, stream, lut, out):
+    """Fills out, 16 bytes a block, through lut; see quant/philox.py."""
+    low = np.uint64(0xFFFFFFFF)
+    shift = np.uint64(32)
+    for block in range(out.size // 16):
+        c0, c1 = np.uint64(block) & low, np.uint64(block) >> shift
+        c2, c3 = stream & low, stream >> shift
+        k0, k1 = seed & low, seed >> shift
+        for _ in range(ROUNDS):
+            p0, p1 = np.uint64(MULTIPLIERS[0]) * c0, np.uint64(MULTIPLIERS[1]) * c2
+            c0, c1, c2, c3 = (p1 >> shift) ^ c1 ^ k0, p1 & low, (p0 >> shift) ^ c3 ^ k1, p0 & low
+            k0, k1 = (k0 + np.uint64(WEYL[0])) & low, (k1 + np.uint64(WEYL[1])) & low
+        base = 16 * block
+        for lane, word in enumerate((c0, c1, c2, c3)):
+            for byte in range(4):
+                out[base + 4 * lane + byte] = lut[(word >> np.uint64(8 * byte)) & np.uint64(0xFF)]
+
+
+def codes(seed: int, stream: int, count: int, lut: Tensor) -> Tensor:
+    """See `philox.codes`."""
+    check(seed, stream)
+    out = torch.empty(-(-count // 16) * 16, dtype=torch.uint8)
+    _philox_codes(np.uint64(seed), np.uint64(stream), lut.numpy(), out.numpy())
+    return out[:count]

@@ -1,0 +1,128 @@
+"""What the layer accepts. Everything else is refused by an error that names argument, value and rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quant.recipe import Recipe
+
+BLOCK = 128
+"""Columns of a token, and rows and columns of a weight block, that share one input scale."""
+
+Weights = Callable[[int], tuple[Tensor, Tensor, Tensor, Tensor]]
+"""Global expert e -> (w1 uint8 [2I,H] gate rows then up rows, w1_sf float32 [2I/128,H/128], w2 uint8 [H,I],
+w2_sf float32 [H/128,I/128])."""
+
+
+class ArgumentError(ValueError):
+    """An argument of the layer that breaks a rule."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The dimensions that the arguments agree on."""
+
+    ranks: int
+    hidden: int
+    topk: int
+    experts: int
+    tokens: tuple[int, ...]
+    """Tokens of each rank."""
+    device: torch.device
+
+    @property
+    def experts_per_rank(self) -> int:
+        return self.experts // self.ranks
+
+
+def check(
+    recipe: Recipe,
+    x: Sequence[Tensor],
+    x_sf: Sequence[Tensor],
+    topk_idx: Sequence[Tensor],
+    topk_weights: Sequence[Tensor],
+    experts: int | None,
+    stats: Sequence[Tensor] | None,
+) -> Problem:
+    """The problem's dimensions, or `ArgumentError`. experts None: read from stats, else the least that R divides."""
+    if not isinstance(recipe, Recipe):
+        raise ArgumentError(f"recipe = {recipe!r} must be a quant.recipe.Recipe")
+    ranks = len(x)
+    if ranks == 0:
+        raise ArgumentError("x = [] must hold one tensor a rank, at least one")
+    by_rank = {"x": x, "x_sf": x_sf, "topk_idx": topk_idx, "topk_weights": topk_weights}
+    if stats is not None:
+        by_rank["stats"] = stats
+    for name, tensors in by_rank.items():
+        if isinstance(tensors, Tensor) or len(tensors) != ranks:
+            raise ArgumentError(f"{name} must be a list of {ranks} tensors, one a rank, as x is")
+
+    hidden, topk = _last_dim("x[0]", x[0]), _last_dim("topk_idx[0]", topk_idx[0])
+    if hidden == 0 or hidden % BLOCK:
+        raise ArgumentError(f"x[0] has hidden = {hidden}; it must be a positive multiple of {BLOCK}")
+    if not 1 <= topk <= 32:
+        raise ArgumentError(f"topk_idx[0] has topk = {topk}; it must be in [1, 32]")
+    for rank in range(ranks):
+        tokens = x[rank].shape[0]
+        _tensor(f"x[{rank}]", x[rank], torch.uint8, (tokens, hidden))
+        _tensor(f"x_sf[{rank}]", x_sf[rank], torch.float32, (tokens, hidden // BLOCK))
+        _tensor(f"topk_idx[{rank}]", topk_idx[rank], torch.int64, (tokens, topk))
+        _tensor(f"topk_weights[{rank}]", topk_weights[rank], torch.float32, (tokens, topk))
+
+    experts = _experts(experts, ranks, topk_idx, stats)
+    for rank, idx in enumerate(topk_idx):
+        wrong = (idx < -1) | (idx >= experts)
+        if bool(wrong.any()):
+            token, slot = (int(v) for v in wrong.nonzero()[0])
+            value = int(idx[token, slot])
+            raise ArgumentError(f"topk_idx[{rank}][{token}, {slot}] = {value} must be -1 (masked) or in [0, {experts})")
+    if stats is not None:
+        for rank in range(ranks):
+            _tensor(f"stats[{rank}]", stats[rank], torch.int32, (experts // ranks,))
+    return Problem(ranks, hidden, topk, experts, tuple(t.shape[0] for t in x), x[0].device)
+
+
+def check_weights(e: int, tensors: tuple[Tensor, Tensor, Tensor, Tensor], hidden: int) -> None:
+    """Raises `ArgumentError` when what weights(e) returned does not fit the layer."""
+    if not isinstance(tensors, tuple) or len(tensors) != 4:
+        raise ArgumentError(f"weights({e}) must return the tuple (w1, w1_sf, w2, w2_sf)")
+    w1, w1_sf, w2, w2_sf = tensors
+    intermediate = _last_dim(f"weights({e}) w2", w2)
+    if intermediate == 0 or intermediate % BLOCK:
+        raise ArgumentError(f"weights({e}) has intermediate = {intermediate}; it must be a positive multiple of {BLOCK}")
+    _tensor(f"weights({e}) w1", w1, torch.uint8, (2 * intermediate, hidden))
+    _tensor(f"weights({e}) w1_sf", w1_sf, torch.float32, (2 * intermediate // BLOCK, hidden // BLOCK))
+    _tensor(f"weights({e}) w2", w2, torch.uint8, (hidden, intermediate))
+    _tensor(f"weights({e}) w2_sf", w2_sf, torch.float32, (hidden // BLOCK, intermediate // BLOCK))
+
+
+def _experts(experts: int | None, ranks: int, topk_idx: Sequence[Tensor], stats: Sequence[Tensor] | None) -> int:
+    if experts is None and stats is not None:
+        experts = ranks * stats[0].shape[0]
+    if experts is None:
+        largest = max((int(idx.max()) for idx in topk_idx if idx.numel()), default=-1)
+        experts = max(1, -(-(largest + 1) // ranks)) * ranks
+    if experts <= 0 or experts % ranks:
+        raise ArgumentError(f"experts = {experts} must be a positive multiple of the number of ranks, {ranks}")
+    return experts
+
+
+def _last_dim(name: str, tensor: Tensor) -> int:
+    if not isinstance(tensor, Tensor) or tensor.dim() != 2:
+        raise ArgumentError(f"{name} must be a 2-D tensor, not {_describe(tensor)}")
+    return tensor.shape[-1]
+
+
+def _tensor(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    if not isinstance(tensor, Tensor) or tensor.dtype != dtype or tuple(tensor.shape) != shape:
+        raise ArgumentError(f"{name} is {_describe(tensor)}; it must be {dtype} {list(shape)}")
+    if not tensor.is_contiguous():
+        raise ArgumentError(f"{name} has strides {tensor.stride()}; it must be contiguous")
+
+
+def _describe(value: object) -> str:
+    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else repr(value)

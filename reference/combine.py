@@ -1,0 +1,26 @@
+"""Eq. (8): each token sums its active slots in fp32, in ascending k, and rounds once."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from quant.recipe import Recipe
+from reference.dispatch import Routes
+
+
+def combine(
+    recipe: Recipe, slots: Tensor, where: Routes, weight: Tensor, tokens: tuple[int, ...], topk: int, arith: ModuleType
+) -> list[Tensor]:
+    """Eq. (8): y bfloat16 [T_r, H] by rank from slots bfloat16 [n, H]; a token without an active slot gives +0."""
+    total = torch.zeros(sum(tokens), slots.shape[1], dtype=torch.float32, device=slots.device)
+    for k in range(topk):
+        active = (where.slot == k).nonzero().squeeze(1)
+        row, value = where.row[active], arith.decode_bf16(slots[active])
+        if recipe.weight_fold == "in_combine":
+            total[row] = arith.fma(weight[active, None], value, total[row])
+        else:
+            total[row] = total[row] + value
+    return [part.clone() for part in arith.encode_bf16(total).split(list(tokens))]

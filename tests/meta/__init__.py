@@ -1,0 +1,1 @@
+"""The checks of the checks: exit statuses, options, the house and its set-up."""

@@ -1,0 +1,160 @@
+"""The house: the promised rooms exist, the two wings pair up, equations and code name each other, files are clean."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import tomllib
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from tests.meta.runs import ROOT
+
+PROMISED = {
+    ".": "README.md LICENSE NOTICE CHANGELOG.md CONTRIBUTING.md pyproject.toml constraints.txt requirements.txt "
+    "Makefile conftest.py .ci/run .ci/python .github/workflows/gate.yml",
+    "quant": "recipe.py formats.py scale.py cast.py atoms.py philox.py tables.py twin.py",
+    "reference": "equations.md layer.py dispatch.py gemm.py swiglu.py scatter.py combine.py stats.py "
+    "oracle/__init__.py",
+    "kernel": "build.py launch.py ptx.cuh",
+    "golden": "__main__.py capture.py manifest.json silicon/manifest.json",
+    "tests": "cases.py inputs.py",
+}
+PACKAGES = ("quant", "reference", "kernel", "golden", "tests")
+NO_ROOM = {"ptx", "params", "storage"}
+"""Headers of the kernel that are not a room: every line of PTX, the Params POD, shared memory."""
+TAG = re.compile(r"Eq\. \((\d+[a-z]?)\)")
+HOME = re.compile(r"(?<![\w.~])/(?:home|Users)/\w+|(?<![\w./])/roo[t]/\w*")
+
+
+@cache
+def files() -> list[Path]:
+    """Every file of the checkout that is tracked, or would be if it were added now."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    try:
+        listing = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+    except (OSError, subprocess.CalledProcessError):  # an unpacked archive: no git to ask what is ignored
+        folders = [ROOT / name for name in (*PACKAGES, ".ci", ".github")]
+        found = [*ROOT.glob("*"), *(path for folder in folders for path in folder.rglob("*"))]
+        listing = [str(path.relative_to(ROOT)) for path in found if "__pycache__" not in path.parts]
+    return [ROOT / name for name in listing if name and (ROOT / name).is_file()]
+
+
+def text(path: Path) -> str | None:
+    """The text of a file, or None of a binary one."""
+    data = path.read_bytes()
+    return None if b"\0" in data else data.decode("utf-8", errors="replace")
+
+
+def tags(paths: list[Path]) -> set[str]:
+    return {tag for path in paths for tag in TAG.findall(path.read_text(encoding="utf-8"))}
+
+
+@pytest.mark.parametrize("name", [f"{folder}/{name}" for folder in PROMISED for name in PROMISED[folder].split()])
+def test_a_promised_file_exists(name: str) -> None:
+    assert (ROOT / name).is_file(), f"{name} is part of the house"
+    assert (ROOT / name).stat().st_size > 0, f"{name} is empty"
+
+
+def test_every_folder_of_modules_is_a_package() -> None:
+    """Without __init__.py any installed package of the same common name would win."""
+    folders = {path.parent for path in files() if path.suffix == ".py" and path.parent != ROOT}
+    assert {ROOT / name for name in PACKAGES} <= folders
+    missing = sorted(str(folder.relative_to(ROOT)) for folder in folders if not (folder / "__init__.py").is_file())
+    assert missing == []
+
+
+def test_a_room_of_the_kernel_has_its_room_in_the_reference() -> None:
+    """Each kernel/<room>.cuh that holds an equation is predicted by reference/<room>.py."""
+    headers = sorted((ROOT / "kernel").glob("*.cuh"))
+    assert headers
+    for header in headers:
+        if header.stem not in NO_ROOM and TAG.search(header.read_text(encoding="utf-8")):
+            room = ROOT / "reference" / f"{header.stem}.py"
+            assert room.is_file(), f"kernel/{header.name} has no room in the reference"
+            assert tags([header]) <= tags([room]), f"kernel/{header.name} and {room.name} name different equations"
+
+
+def test_equations_and_reference_name_each_other() -> None:
+    page = ROOT / "reference" / "equations.md"
+    assert page.is_file(), "reference/equations.md is missing"
+    stated, used = tags([page]), tags(sorted((ROOT / "reference").rglob("*.py")))
+    assert {str(n) for n in range(1, 10)} <= stated, "the page states equations (1) to (9), each tagged Eq. (n)"
+    assert used - stated == set(), "tags in reference/*.py that the page does not state"
+    assert stated - used == set(), "equations that no line of reference/*.py carries"
+
+
+def test_the_oracle_imports_nothing_of_ours() -> None:
+    """reference/oracle is an independent opinion: no model, no atoms, no formats; itself alone."""
+    sources = sorted((ROOT / "reference" / "oracle").glob("*.py"))
+    assert sources
+    for source in sources:
+        for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [f"{'.' * node.level}{node.module or ''}"]
+            ours = [
+                name for name in names if name.split(".")[0] in PACKAGES and not name.startswith("reference.oracle")
+            ]
+            ours += [name for name in names if name.startswith("..")]
+            assert ours == [], f"{source.relative_to(ROOT)} imports {ours}"
+
+
+def test_no_file_names_a_home_folder() -> None:
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {match[0]}"
+        for path in files()
+        for number, line in enumerate((text(path) or "").splitlines(), 1)
+        if (match := HOME.search(line))
+    ]
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("/ho" + "me/someone/x", True),
+        ("see /Use" + "rs/someone", True),
+        ("'/ro" + "ot/x'", True),
+        ("a/ho" + "me/x", False),
+        ("https://example.org/ro" + "ot/x", False),
+    ],
+)
+def test_a_home_folder_is_recognised(line: str, found: bool) -> None:
+    assert bool(HOME.search(line)) is found
+
+
+def test_data_are_never_pickles() -> None:
+    """Data are safetensors and JSON: no format that runs code when it is read, and no call that reads one."""
+    bad = [
+        path.name for path in files() if path.suffix in {".pkl", ".pickle", ".pt", ".pth", ".npy", ".npz", ".joblib"}
+    ]
+    assert bad == []
+    calls = re.compile(r"\b(?:torch\.load|np\.load|pickle\.loads?)\(")
+    sources = [path for path in files() if path.suffix == ".py" and path != Path(__file__)]
+    assert [path.name for path in sources if calls.search(path.read_text(encoding="utf-8"))] == []
+
+
+def test_text_files_end_with_a_newline() -> None:
+    for path in files():
+        content = text(path)
+        if content:
+            assert content.endswith("\n"), f"{path.relative_to(ROOT)} lacks its last newline"
+            assert "\r" not in content, f"{path.relative_to(ROOT)} has carriage returns"
+
+
+def test_the_version_has_a_changelog_entry() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    assert re.search(
+        rf"^## \[?{re.escape(version)}\b", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+
+
+def test_links_between_documents_lead_somewhere() -> None:
+    for path in files():
+        if path.suffix == ".md":
+            for target in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8")):
+                assert (path.parent / target).exists(), f"{path.relative_to(ROOT)} links to {target}"
