@@ -54,8 +54,8 @@ class Case:
 
 
 def _case(shape: str, ranks: int, tokens: int | tuple[int, ...], **axes: object) -> Case:
-    clamp, silu = axes.pop("clamp", 10.0), axes.pop("silu", "fast")
-    recipe = axes.pop("recipe", RECIPES["default"]).replace(clamp=clamp, silu=silu)
+    changes = {name: axes.pop(name) for name in ("clamp", "silu") if name in axes}
+    recipe = axes.pop("recipe", RECIPES["default"]).replace(**changes)
     spread = (tokens,) * ranks if isinstance(tokens, int) else tokens
     return Case(SHAPES[shape], spread, recipe, **axes)
 

@@ -96,8 +96,8 @@ def wgmma_element(a: Sequence[int], b: Sequence[int], c: int) -> int:
 
     32 products and the accumulator are added in one go. Each has the exponent that its operands' fields give (a product
     is not normalised, a subnormal has the least exponent of its format). Below the largest exponent of a non-zero term,
-    13 fraction bits count: every term is cut there toward zero, the cut terms are added exactly, and the sum
-    keeps the 14 leading bits of its magnitude. A sum of zero is +0. Any NaN gives 0x7fffffff; else an infinite c comes back.
+    13 fraction bits count: every term is cut there toward zero, the cut terms are added exactly, and the sum keeps the
+    14 leading bits of its magnitude. A sum of zero is +0. Any NaN gives 0x7fffffff; else an infinite c comes back.
 
     a, b: 32 E4M3 codes each; c: float32 bits. Returns float32 bits.
     """

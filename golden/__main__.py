@@ -1,0 +1,191 @@
+"""`python -m golden verify | regenerate | capture`: what the recipe computes, pinned; what a chip computes, measured.
+
+Exit status: 0 proven, 1 differs, 2 usage, 3 environment (driver, device, packages), 5 nothing was compared.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from golden import silicon, store
+from kernel.build import BuildError, EnvironmentMissing
+from quant import twin
+from quant.tables import TableError
+from reference.layer import LayerResult, moe_layer
+from tests import inputs
+from tests.cases import CASES, Case
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
+console = Console()
+
+Only = Annotated[str, typer.Option("--only", "-k", help="only cases whose id contains this text")]
+
+
+def compute(case: Case, progress: Callable[[int, int], None] | None = None) -> tuple[str, LayerResult]:
+    """(digest of the inputs, traced result) of a case, on the GPU where there is one."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    made = inputs.make(case, device)
+    experts = case.shape.experts
+    return made.sha256(), moe_layer(
+        case.recipe, *made.arguments(), trace=True, experts=experts, progress=progress
+    )
+
+
+def _selected(only: str) -> list[Case]:
+    cases = [case for case in CASES if case.tier == "cpu" and only in case.id]
+    if not cases:
+        console.print(f"nothing was compared: no case of tier cpu has {only!r} in its id")
+        raise typer.Exit(5)
+    return cases
+
+
+def _each(cases: list[Case], work: Callable[[Case, Callable[[int, int], None]], None]) -> None:
+    with Progress(console=Console(stderr=True)) as bar:
+        whole = bar.add_task("cases", total=len(cases))
+        for case in cases:
+            task = bar.add_task(case.id, total=None)
+            work(case, lambda done, total, task=task: bar.update(task, completed=done, total=total))
+            bar.remove_task(task)
+            bar.advance(whole)
+
+
+@app.command()
+def verify(only: Only = "") -> None:
+    """Reads every golden, recomputes its case and compares all stages; and checks the captures of every chip."""
+    failures, compared = [], 0
+
+    def check(case: Case, progress: Callable[[int, int], None]) -> None:
+        nonlocal compared
+        started = time.monotonic()
+        try:
+            golden = store.read(case)
+            digest, result = compute(case, progress)
+            size = store.check(case, golden, digest, result.trace or {})
+        except store.GoldenError as error:
+            failures.append(str(error))
+            console.print(f"[red]differs[/] {case.id}", highlight=False)
+            return
+        compared += size
+        console.print(f"proven  {case.id}: {size:,} bytes, {time.monotonic() - started:.1f} s", highlight=False)
+
+    _each(_selected(only), check)
+    orphans = set(store.read_manifest_or_none()) - {case.id for case in CASES if case.tier == "cpu"}
+    if orphans and not only:
+        failures.append(f"goldens of cases that no longer exist: {', '.join(sorted(orphans))}; regenerate")
+    for chip in silicon.chips() if not only else ():
+        try:
+            counts = ", ".join(f"{count:,} {what}" for what, count in silicon.verify(chip).items())
+            console.print(f"proven  silicon {chip}: {counts}", highlight=False)
+        except silicon.SiliconError as error:
+            failures.append(str(error))
+    for failure in failures:
+        console.print(f"[red]{failure}[/]", highlight=False, soft_wrap=True)
+    console.print(f"{compared:,} bytes compared, {len(failures)} failures, {twin.describe()}", highlight=False)
+    if failures:
+        raise typer.Exit(1)
+
+
+@app.command()
+def regenerate(
+    reason: Annotated[str, typer.Option(help="why the bytes change; kept in the manifest")] = "",
+    only: Only = "",
+) -> None:
+    """Recomputes the goldens and prints what changed, stage by stage.
+
+    Refused when bytes change under the same recipe id and no reason is given.
+    """
+    old = store.read_manifest_or_none()
+    new: dict[str, store.Golden] = {}
+    unexplained = []
+
+    def make(case: Case, progress: Callable[[int, int], None]) -> None:
+        digest, result = compute(case, progress)
+        before = old.get(case.id)
+        golden = store.make_entry(case, digest, result.trace or {}, f"reference, {twin.describe()}", reason)
+        if before is not None and before["recipe_id"] == golden.entry["recipe_id"]:
+            changed = store.changed_stages(before, golden.entry)
+            if not changed and before["inputs_sha256"] == digest:
+                golden.entry.update({key: before[key] for key in ("producer", "versions", "reason")})
+                console.print(f"same    {case.id}", highlight=False)
+            else:
+                unexplained.append(case.id)
+                _print_change(case, before, result, changed or ["inputs"])
+        else:
+            console.print(f"{'recipe' if before else 'new   '}  {case.id}", highlight=False)
+            if before is None:
+                unexplained.append(case.id)
+            else:
+                _print_change(case, before, result, store.changed_stages(before, golden.entry))
+        new[case.id] = golden
+
+    selected = _selected(only)
+    _each(selected, make)
+    if unexplained and old and not reason:
+        console.print(
+            f"[red]refused[/]: {len(unexplained)} cases are new or change under the same recipe "
+            f"({', '.join(unexplained[:3])}); give the reason with --reason. Nothing was written.",
+            highlight=False,
+            soft_wrap=True,
+        )
+        raise typer.Exit(1)
+    keep = {case.id for case in CASES if case.tier == "cpu"} - set(new)
+    store.write(new, keep)
+    console.print(f"{len(new)} goldens written, {len(keep & set(old))} kept", highlight=False)
+
+
+def _print_change(case: Case, before: dict[str, Any], result: LayerResult, changed: list[str]) -> None:
+    trace = result.trace or {}
+    console.print(f"[yellow]changes[/] {case.id}", highlight=False)
+    for name in changed:
+        if name == "inputs":
+            console.print("  inputs: other bytes", highlight=False)
+            continue
+        try:
+            rows = len(store.changed_rows(name, store.read_entry(before), trace))
+        except store.GoldenError as error:
+            console.print(f"  {name}: {error}", highlight=False)
+            continue
+        console.print(f"  {name}: {rows or 'all'} of {trace[name].shape[0]} rows", highlight=False)
+
+
+@app.command()
+def capture(
+    quick: Annotated[bool, typer.Option("--quick", help="a small part of everything; nothing is written")] = False,
+    out: Annotated[Path, typer.Option(help="folder to write to")] = silicon.FOLDER,
+) -> None:
+    """Measures the chip at hand (needs an SM90 GPU): tables, tensor-core vectors, sweeps of all 2^32 inputs."""
+    from golden import capture as capturing
+
+    try:
+        capturing.run(out, quick, console)
+    except EnvironmentMissing as error:
+        console.print(f"environment: {error}", highlight=False, soft_wrap=True)
+        raise typer.Exit(3) from None
+    except (BuildError, capturing.Differs) as error:
+        console.print(f"[red]{error}[/]", highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from None
+
+
+def main() -> None:
+    """Runs the command line; what ends in a known error gets one sentence and its status."""
+    try:
+        app()
+    except (store.GoldenError, silicon.SiliconError, TableError) as error:
+        console.print(f"[red]{error}[/]", highlight=False, soft_wrap=True)
+        sys.exit(1)
+    except EnvironmentMissing as error:
+        console.print(f"environment: {error}", highlight=False, soft_wrap=True)
+        sys.exit(3)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,228 @@
+"""What the recipe computes for each case, pinned: golden/manifest.json and small data files, never pickle.
+
+A case's entry holds its recipe (id and fields), seed, digests of the inputs and of every stage, who made it and why.
+The data file holds the stages themselves where they are small, else a digest a row, so that a difference can be placed
+by source rank, token and slot. Inputs are stored as seed and digest alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from quant.recipe import Recipe, RecipeError
+from reference.layer import STAGES
+from tests.cases import Case
+
+FOLDER = Path(__file__).resolve().parent
+WHOLE_TRACE_BYTES = 200_000
+"""A trace up to this size is stored whole; of a larger one, a digest a row."""
+
+
+class GoldenError(RuntimeError):
+    """A golden that is missing or damaged; the message names the file and what to do."""
+
+
+class RecipeChanged(GoldenError):
+    """The recipe of a case is another than the golden's: the goldens are stale, and that is expected."""
+
+
+class OtherBytes(GoldenError):
+    """Same recipe, same inputs, other bytes: something is wrong, and the message says where."""
+
+
+@dataclass(frozen=True)
+class Golden:
+    """One case's entry and data, read and verified."""
+
+    entry: dict[str, Any]
+    data: dict[str, Tensor]
+
+
+# --- digests ----------------------------------------------------------------------------------------------------------
+
+
+def raw(tensor: Tensor) -> np.ndarray:
+    """The bytes of a tensor, uint8 [rows, bytes of a row] (one row for a vector), little-endian."""
+    flat = tensor.cpu().contiguous()
+    rows = flat.shape[0] if flat.dim() > 1 else 1
+    return flat.reshape(rows, -1).view(torch.uint8).numpy() if flat.numel() else np.empty((rows, 0), np.uint8)
+
+
+def stage_digest(tensor: Tensor) -> str:
+    """sha256 over the bytes of a stage."""
+    return hashlib.sha256(raw(tensor).tobytes()).hexdigest()
+
+
+def row_digests(tensor: Tensor) -> Tensor:
+    """int64 [rows]: the first eight bytes of the sha256 of each row."""
+    digests = [int.from_bytes(hashlib.sha256(row.tobytes()).digest()[:8], "little", signed=True) for row in raw(tensor)]
+    return torch.tensor(digests, dtype=torch.int64)
+
+
+# --- making and reading -----------------------------------------------------------------------------------------------
+
+
+def make_entry(case: Case, inputs_sha256: str, trace: Mapping[str, Tensor], producer: str, reason: str) -> Golden:
+    """The golden of a case from a trace of the layer."""
+    stages = {name: trace[name] for name in STAGES}
+    whole = sum(tensor.numel() * tensor.element_size() for tensor in stages.values()) <= WHOLE_TRACE_BYTES
+    entry = {
+        "recipe_id": case.recipe.recipe_id,
+        "recipe": case.recipe.fields(),
+        "seed": case.seed,
+        "inputs_sha256": inputs_sha256,
+        "stages": {name: stage_digest(tensor) for name, tensor in stages.items()},
+        "data": "stages" if whole else "row digests",
+        "producer": producer,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "reason": reason,
+    }
+    data = {name: tensor.cpu().contiguous() if whole else row_digests(tensor) for name, tensor in stages.items()}
+    return Golden(entry, data)
+
+
+def read_manifest(folder: Path = FOLDER) -> dict[str, Any]:
+    """Case id -> entry. Raises GoldenError when the manifest is missing or cannot be read."""
+    path = folder / "manifest.json"
+    if not path.is_file():
+        raise GoldenError("golden/manifest.json is missing: restore it, or run `python -m golden regenerate`")
+    try:
+        return dict(json.loads(path.read_text())["cases"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise GoldenError(f"golden/manifest.json is damaged ({error}): restore it") from error
+
+
+def read(case: Case, folder: Path = FOLDER) -> Golden:
+    """The golden of a case, its file's sha256 checked.
+
+    Raises GoldenError when it is missing or damaged, RecipeChanged when it belongs to another recipe.
+    """
+    entries = read_manifest(folder)
+    if case.id not in entries:
+        raise GoldenError(f"no golden for {case.id}: run `python -m golden regenerate --reason ...` and commit it")
+    entry = entries[case.id]
+    if entry["recipe_id"] != case.recipe.recipe_id:
+        raise RecipeChanged(
+            f"recipe changed, goldens stale: {case.id} was made with recipe {entry['recipe_id'][:12]}, now it is "
+            f"{case.recipe.recipe_id[:12]} ({_recipe_diff(entry['recipe'], case.recipe)}); "
+            "if the change is meant, run `python -m golden regenerate`"
+        )
+    return read_entry(entry, folder)
+
+
+def read_entry(entry: dict[str, Any], folder: Path = FOLDER) -> Golden:
+    """The golden of an entry of the manifest. Raises GoldenError when its file is missing or damaged."""
+    path = folder / "data" / entry["file"]
+    if not path.is_file():
+        raise GoldenError(f"golden/data/{entry['file']} is missing: restore it")
+    blob = path.read_bytes()
+    if hashlib.sha256(blob).hexdigest() != entry["file_sha256"]:
+        raise GoldenError(f"golden/data/{entry['file']} is damaged: its sha256 is not the manifest's")
+    return Golden(entry, load_tensors(blob))
+
+
+def write(goldens: Mapping[str, Golden], keep: Iterable[str] = (), folder: Path = FOLDER) -> None:
+    """Replaces the whole set: data files first, the manifest by one rename, files no longer named last.
+
+    `keep` lists ids whose present entries stay. Interrupted at any point, the old set or the new one is whole.
+    """
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    cases = {case_id: entry for case_id, entry in read_manifest_or_none(folder).items() if case_id in set(keep)}
+    for case_id, golden in goldens.items():
+        blob = save_tensors(golden.data)
+        sha256 = hashlib.sha256(blob).hexdigest()
+        file = f"{sha256[:16]}.safetensors"
+        replace(folder / "data" / file, blob)
+        cases[case_id] = {**golden.entry, "file": file, "file_sha256": sha256}
+    text = json.dumps({"cases": dict(sorted(cases.items()))}, indent=1, sort_keys=True) + "\n"
+    replace(folder / "manifest.json", text.encode())
+    named = {entry["file"] for entry in cases.values()}
+    for path in (folder / "data").glob("*.safetensors"):
+        if path.name not in named:
+            path.unlink()
+
+
+def read_manifest_or_none(folder: Path = FOLDER) -> dict[str, Any]:
+    """The manifest, or an empty one where there is none yet. A damaged one is an error all the same."""
+    return read_manifest(folder) if (folder / "manifest.json").exists() else {}
+
+
+def replace(path: Path, data: bytes) -> None:
+    """Writes beside and renames: a reader sees the old file or the new one, whole."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".golden-")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+# --- comparing --------------------------------------------------------------------------------------------------------
+
+
+def check(case: Case, golden: Golden, inputs_sha256: str, trace: Mapping[str, Tensor]) -> int:
+    """Compares a trace with the golden, stage by stage; returns the number of bytes compared.
+
+    Raises OtherBytes at the first stage that differs, naming its first rows as (rank, token, slot).
+    """
+    if inputs_sha256 != golden.entry["inputs_sha256"]:
+        raise OtherBytes(f"{case.id}: the inputs have other bytes than the golden's, so the generator changed")
+    compared = 0
+    for name in STAGES:
+        if stage_digest(trace[name]) != golden.entry["stages"][name]:
+            raise OtherBytes(f"same recipe, other bytes: {case.id} stage {name}: {_where(name, golden, trace)}")
+        compared += trace[name].numel() * trace[name].element_size()
+    return compared
+
+
+def changed_stages(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Names of the stages whose digests differ between two entries."""
+    return [name for name in STAGES if old["stages"].get(name) != new["stages"][name]]
+
+
+def changed_rows(name: str, golden: Golden, trace: Mapping[str, Tensor]) -> list[int]:
+    """Rows of a stage that differ from the golden's. Empty where the number of rows itself differs."""
+    whole = golden.entry["data"] == "stages"
+    expected = row_digests(golden.data[name]) if whole else golden.data[name]
+    actual = row_digests(trace[name])
+    return (expected != actual).nonzero().flatten().tolist() if expected.shape == actual.shape else []
+
+
+def _where(name: str, golden: Golden, trace: Mapping[str, Tensor]) -> str:
+    wrong = changed_rows(name, golden, trace)
+    total = trace[name].shape[0]
+    if not wrong:
+        return f"another number of rows than the golden's (now {total})"
+    if name == "stats":
+        return "the statistics differ"
+    places = [f"token row {row}" if name == "y" else "(rank, token, slot) " + _triple(trace, row) for row in wrong[:3]]
+    return f"{len(wrong)} of {total} rows differ, first {', '.join(places)}"
+
+
+def _triple(trace: Mapping[str, Tensor], row: int) -> str:
+    return str(tuple(trace["rows"][row].tolist()))
+
+
+def _recipe_diff(fields: dict[str, Any], recipe: Recipe) -> str:
+    try:
+        changes = Recipe.from_fields(fields).diff(recipe)
+    except RecipeError as error:
+        return f"the golden's recipe is not ours: {error}"
+    return ", ".join(f"{name}: {old} -> {new}" for name, (old, new) in changes.items()) or "a field was added"
