@@ -79,7 +79,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="added to the seed of every case (default: 0, the seeds that the goldens were made with)",
     )
     group.addoption(
-        "--require-gpu", action="store_true", help="a test that needs a GPU and is skipped, for whatever reason, fails"
+        "--require-gpu",
+        action="store_true",
+        help="a case that runs without a GPU fails, and so does a test that needs one and is skipped",
     )
 
 
@@ -151,6 +153,8 @@ def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Ite
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and (reason := _no_gpu()):
         pytest.skip(reason)
+    if _case(item) and item.config.option.require_gpu and (reason := _no_gpu()):
+        pytest.fail(f"a case without a GPU under --require-gpu: {reason}", pytrace=False)
 
 
 # ---- Verdicts --------------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from tests.cases import CASES, Case
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 console = Console()
 
+Folder = Annotated[Path, typer.Option("--folder", help="folder of the goldens")]
 Only = Annotated[str, typer.Option("--only", "-k", help="only cases whose id contains this text")]
 
 
@@ -35,9 +36,7 @@ def compute(case: Case, progress: Callable[[int, int], None] | None = None) -> t
     device = "cuda" if torch.cuda.is_available() else "cpu"
     made = inputs.make(case, device)
     experts = case.shape.experts
-    return made.sha256(), moe_layer(
-        case.recipe, *made.arguments(), trace=True, experts=experts, progress=progress
-    )
+    return made.sha256(), moe_layer(case.recipe, *made.arguments(), trace=True, experts=experts, progress=progress)
 
 
 def _selected(only: str) -> list[Case]:
@@ -59,7 +58,7 @@ def _each(cases: list[Case], work: Callable[[Case, Callable[[int, int], None]], 
 
 
 @app.command()
-def verify(only: Only = "") -> None:
+def verify(only: Only = "", folder: Folder = store.FOLDER) -> None:
     """Reads every golden, recomputes its case and compares all stages; and checks the captures of every chip."""
     failures, compared = [], 0
 
@@ -67,7 +66,7 @@ def verify(only: Only = "") -> None:
         nonlocal compared
         started = time.monotonic()
         try:
-            golden = store.read(case)
+            golden = store.read(case, folder)
             digest, result = compute(case, progress)
             size = store.check(case, golden, digest, result.trace or {})
         except store.GoldenError as error:
@@ -78,7 +77,7 @@ def verify(only: Only = "") -> None:
         console.print(f"proven  {case.id}: {size:,} bytes, {time.monotonic() - started:.1f} s", highlight=False)
 
     _each(_selected(only), check)
-    orphans = set(store.read_manifest_or_none()) - {case.id for case in CASES if case.tier == "cpu"}
+    orphans = set(store.read_manifest_or_none(folder)) - {case.id for case in CASES if case.tier == "cpu"}
     if orphans and not only:
         failures.append(f"goldens of cases that no longer exist: {', '.join(sorted(orphans))}; regenerate")
     for chip in silicon.chips() if not only else ():
@@ -98,12 +97,13 @@ def verify(only: Only = "") -> None:
 def regenerate(
     reason: Annotated[str, typer.Option(help="why the bytes change; kept in the manifest")] = "",
     only: Only = "",
+    folder: Folder = store.FOLDER,
 ) -> None:
     """Recomputes the goldens and prints what changed, stage by stage.
 
     Refused when bytes change under the same recipe id and no reason is given.
     """
-    old = store.read_manifest_or_none()
+    old = store.read_manifest_or_none(folder)
     new: dict[str, store.Golden] = {}
     unexplained = []
 
@@ -118,13 +118,13 @@ def regenerate(
                 console.print(f"same    {case.id}", highlight=False)
             else:
                 unexplained.append(case.id)
-                _print_change(case, before, result, changed or ["inputs"])
+                _print_change(case, before, result, changed or ["inputs"], folder)
         else:
             console.print(f"{'recipe' if before else 'new   '}  {case.id}", highlight=False)
             if before is None:
                 unexplained.append(case.id)
             else:
-                _print_change(case, before, result, store.changed_stages(before, golden.entry))
+                _print_change(case, before, result, store.changed_stages(before, golden.entry), folder)
         new[case.id] = golden
 
     selected = _selected(only)
@@ -138,11 +138,11 @@ def regenerate(
         )
         raise typer.Exit(1)
     keep = {case.id for case in CASES if case.tier == "cpu"} - set(new)
-    store.write(new, keep)
+    store.write(new, keep, folder)
     console.print(f"{len(new)} goldens written, {len(keep & set(old))} kept", highlight=False)
 
 
-def _print_change(case: Case, before: dict[str, Any], result: LayerResult, changed: list[str]) -> None:
+def _print_change(case: Case, before: dict[str, Any], result: LayerResult, changed: list[str], folder: Path) -> None:
     trace = result.trace or {}
     console.print(f"[yellow]changes[/] {case.id}", highlight=False)
     for name in changed:
@@ -150,7 +150,7 @@ def _print_change(case: Case, before: dict[str, Any], result: LayerResult, chang
             console.print("  inputs: other bytes", highlight=False)
             continue
         try:
-            rows = len(store.changed_rows(name, store.read_entry(before), trace))
+            rows = len(store.changed_rows(name, store.read_entry(before, folder), trace))
         except store.GoldenError as error:
             console.print(f"  {name}: {error}", highlight=False)
             continue

@@ -15,7 +15,7 @@ from typing import Any
 
 
 class RecipeError(ValueError):
-    """A recipe, shape or field value that is unknown, illegal or not built yet. The message names field, value, rule."""
+    """A recipe, shape or field value that is unknown, illegal or not built yet; names field, value and rule."""
 
 
 #: Every field but `clamp` is a choice: the values that work, then the values that are known but not built yet.
@@ -102,10 +102,10 @@ class Recipe:
 
     @classmethod
     def from_fields(cls, fields: dict[str, Any]) -> Recipe:
-        """Inverse of `fields()`. Raises `RecipeError` for a field that does not exist."""
+        """Inverse of `fields()`: a field left out is neutral. Raises `RecipeError` for a field that does not exist."""
         clamp = fields.get("clamp", cls.clamp)
         decoded = dict(fields, clamp=float.fromhex(clamp) if isinstance(clamp, str) else clamp)
-        return cls().replace(**decoded)
+        return cls(**NEUTRAL).replace(**decoded)
 
     def diff(self, other: Recipe) -> dict[str, tuple[Any, Any]]:
         """The fields in which two recipes differ: name -> (ours, theirs)."""

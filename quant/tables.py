@@ -1,4 +1,4 @@
-"""The special-function tables of a chip, packed: what the chip computes, as a difference to the correctly rounded value.
+"""The special-function tables of a chip, packed: the chip's results as differences to the correctly rounded values.
 
 `rcp.approx` over [1, 2) and `ex2.approx` over [0, 1) take 2^23 inputs each. The chip is within one unit in the last
 place of the correctly rounded value, so a table is stored as the positions where it differs, and rebuilt on a base made

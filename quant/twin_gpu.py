@@ -1,7 +1,7 @@
 """The atoms compiled for a GPU: same names, same contracts, same bits as `quant/atoms.py`.
 
-`quant/twin.cu` goes through the project's own build (NVRTC) and launch. It uses neither tensor core nor special-function
-unit: it predicts them.
+`quant/twin.cu` goes through the project's own build (NVRTC) and launch. It uses neither the tensor core nor the
+special-function unit: it predicts them.
 """
 
 from __future__ import annotations

@@ -93,7 +93,7 @@ def check_weights(e: int, tensors: tuple[Tensor, Tensor, Tensor, Tensor], hidden
     w1, w1_sf, w2, w2_sf = tensors
     intermediate = _last_dim(f"weights({e}) w2", w2)
     if intermediate == 0 or intermediate % BLOCK:
-        raise ArgumentError(f"weights({e}) has intermediate = {intermediate}; it must be a positive multiple of {BLOCK}")
+        raise ArgumentError(f"weights({e}): intermediate = {intermediate} must be a positive multiple of {BLOCK}")
     _tensor(f"weights({e}) w1", w1, torch.uint8, (2 * intermediate, hidden))
     _tensor(f"weights({e}) w1_sf", w1_sf, torch.float32, (2 * intermediate // BLOCK, hidden // BLOCK))
     _tensor(f"weights({e}) w2", w2, torch.uint8, (hidden, intermediate))

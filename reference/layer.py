@@ -69,7 +69,7 @@ def moe_layer(
     def expert(e: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         rows = where.of_expert(e)  # m of the n rows
         w1, w1_sf, w2, w2_sf = _checked(weights, e, problem.hidden)
-        gate, up = gemm.l1(recipe, l1_acts[rows], l1_acts_sf[rows], w1, w1_sf, arith)  # Eq. (2), (3)  [m, I]
+        gate, up = gemm.l1(recipe, l1_acts[rows], l1_acts_sf[rows], w1, w1_sf, arith)  # Eq. (2), Eq. (3)  [m, I]
         v = swiglu.activate(recipe, gate, up, weight[rows], arith)  # Eq. (4)  [m, I]
         l2_acts, l2_acts_sf = swiglu.requantise(recipe, v)  # Eq. (5)  [m, I]
         out = gemm.l2(recipe, l2_acts, l2_acts_sf, w2, w2_sf, arith)  # Eq. (6)  [m, H]
@@ -100,7 +100,7 @@ def _checked(weights: Weights, e: int, hidden: int) -> tuple[Tensor, Tensor, Ten
 
 
 def _side_by_side(expert: Callable[[int], Any], busy: list[int], device: torch.device) -> Iterator[Any]:
-    """expert(e) for each e, in order; on a CPU torch.get_num_threads() at a time. Experts share no sum: no bit moves."""
+    """expert(e) for each e, in order; on a CPU torch.get_num_threads() at a time. They share no sum: no bit moves."""
     if device.type != "cpu" or torch.get_num_threads() == 1:
         yield from map(expert, busy)
         return

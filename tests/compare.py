@@ -37,7 +37,13 @@ def same(stage: str, expected: Tensor, actual: Tensor, rows: Tensor | None = Non
 
 
 def _describe(
-    stage: str, expected: Tensor, actual: Tensor, wrong: Tensor, where: tuple[int, ...], rows: Tensor | None, column: int
+    stage: str,
+    expected: Tensor,
+    actual: Tensor,
+    wrong: Tensor,
+    where: tuple[int, ...],
+    rows: Tensor | None,
+    column: int,
 ) -> str:
     count, lines = int(wrong.sum()), wrong.reshape(wrong.shape[0], -1).any(1)
     place = f"row {where[0]}" + (f", column {where[1] + column}" if len(where) > 1 else "")

@@ -114,7 +114,7 @@ def _expert(case: Case, device: torch.device, e: int) -> tuple[Tensor, Tensor, T
     zero = 5 * e % (inter // ZERO_GROUP) * ZERO_GROUP
     w1[zero : zero + ZERO_GROUP] = 0
     # Gates and ups of a plain token spread over about +-10, whatever H is: half a bit of scale for each bit of H.
-    exponent = -11 + (4096 .bit_length() - hidden.bit_length()) // 2
+    exponent = -11 + ((4096).bit_length() - hidden.bit_length()) // 2
     w1_sf = scales(case.seed, _stream(W1_SF, e), w1.numel() // BLOCK**2, exponent)
     w2_sf = scales(case.seed, _stream(W2_SF, e), w2.numel() // BLOCK**2, -12)
     return (

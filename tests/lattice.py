@@ -12,7 +12,8 @@ field     groups of one-hot pairs: a token has one of CLASSES classes in each fi
 free      random -1, 0, 1 for each token. An up row adds up to 14 of them, with signs: an integer in [-14, 14].
 
 So the codes of the L2 activations are multiples of 8 up to 448, all exact. What remains to be rounded are the slots and
-y. Use a clamp of None, 32, 64, 128 or more. `reference.oracle.lattice_y` checks every one of these claims.
+y. Use a clamp of None, a power of two >= 32, or any number >= 512 (the largest gate). `reference.oracle.lattice_y`
+checks every one of these claims.
 """
 
 from __future__ import annotations

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 
 import torch
 from torch import Tensor
 
+from quant import philox
 from quant.recipe import Recipe
 from reference.layer import moe_layer
 from tests.inputs import code_lut
@@ -24,29 +27,42 @@ def lattice_case(tokens: int = 5, hidden: int = HIDDEN, inter: int = INTER, seed
     return [x[0], x_sf[0], idx, topk_weights[0], functools.cache(weights)]
 
 
+class Draw:
+    """Random tensors of one seed, each from the next stream of the project's generator."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed, self.streams = seed, itertools.count()
+
+    def words(self, *shape: int) -> Tensor:
+        """int64, 32 bits each."""
+        return philox.words(self.seed, next(self.streams), math.prod(shape)).reshape(shape)
+
+    def codes(self, kind: str, *shape: int) -> Tensor:
+        """E4M3 codes, see `inputs.code_lut`; 'sparse' is 'spread' with nine zeros in ten."""
+        if kind == "sparse":
+            return torch.where(self.words(*shape) % 10 > 0, 0, self.codes("spread", *shape))
+        return code_lut(kind)[self.words(*shape) & 255]
+
+    def uniform(self, low: float, high: float, *shape: int) -> Tensor:
+        """float32 in [low, high)."""
+        return low + (high - low) * (self.words(*shape) >> 8).to(torch.float32) * 2.0**-24
+
+
 def mixed_case(tokens: int = 6, seed: int = 1, code: str = "gaussian") -> list:
     """The same of random codes, scales that are no powers of two, gates far beyond +-10, a zero row."""
-    g = torch.Generator().manual_seed(seed)
-
-    def draw(lut: str, *shape: int) -> Tensor:
-        return code_lut(lut)[torch.randint(0, 256, shape, generator=g)]
-
-    def scale(low: float, *shape: int) -> Tensor:
-        return low * (1 + torch.rand(shape, generator=g))
-
-    x, x_sf = draw(code, tokens, HIDDEN), scale(2**-7, tokens, HIDDEN // 128)
+    draw = Draw(seed)
+    x, x_sf = draw.codes(code, tokens, HIDDEN), draw.uniform(2**-7, 2**-6, tokens, HIDDEN // 128)
     x_sf[0] *= 16
     x[2] = 0
-    idx = torch.stack([torch.randperm(EXPERTS, generator=g)[:TOPK] for _ in range(tokens)])
+    idx = draw.words(tokens, EXPERTS).argsort(1)[:, :TOPK].contiguous()
     idx[1, 1] = -1
-    shapes = (2 * INTER, HIDDEN), (HIDDEN, INTER)
     experts = []
     for _ in range(EXPERTS):
-        w1, w2 = (draw("gaussian", *shape) for shape in shapes)
+        w1, w2 = draw.codes("gaussian", 2 * INTER, HIDDEN), draw.codes("gaussian", HIDDEN, INTER)
         w1[64:128] = 0
-        sf = [scale(2**-9, rows // 128, columns // 128) for rows, columns in shapes]
-        experts.append((w1, sf[0], w2, sf[1]))
-    return [x, x_sf, idx, torch.rand(tokens, TOPK, generator=g) - 0.3, experts.__getitem__]
+        w1_sf, w2_sf = (draw.uniform(2**-9, 2**-8, w.shape[0] // 128, w.shape[1] // 128) for w in (w1, w2))
+        experts.append((w1, w1_sf, w2, w2_sf))
+    return [x, x_sf, idx, draw.uniform(-0.3, 0.7, tokens, TOPK), experts.__getitem__]
 
 
 def model_y(recipe: Recipe, case: list) -> Tensor:

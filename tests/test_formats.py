@@ -73,8 +73,7 @@ def test_values_rise_with_their_codes(format: Format) -> None:
 def test_every_tie_goes_to_even_and_its_neighbours_do_not(format: Format, sign: int) -> None:
     codes, values = finite(format)
     middle = (values[:-1] + values[1:]) / 2
-    representable = middle.float().double() == middle  # below 2^-149 * 2^k BF16's subnormals have no middle
-    assert bool(representable.all())
+    assert torch.equal(middle.float().double(), middle), "a middle has one bit more than a value"
     below, above = codes[:-1], codes[1:]
     even = torch.where(below & 1 == 0, below, above)
     flag = sign << format.sign_shift
@@ -108,9 +107,7 @@ def test_beyond_the_largest_value(format: Format) -> None:
 def test_zeros_keep_their_sign_and_nan_has_one_code(format: Format) -> None:
     minus = 1 << format.sign_shift
     tiny = f32_from_bits(torch.tensor([0, 0x80000000, 1, 0x80000001]))
-    if format is not BF16:  # 2^-149 rounds to zero, with its sign; BF16 too, but see the ties
-        assert encode(format, tiny).tolist() == [0, minus, 0, minus]
-    assert encode(format, tiny[:2]).tolist() == [0, minus]
+    assert encode(format, tiny).tolist() == [0, minus, 0, minus]
     nan = f32_from_bits(torch.tensor([0x7FC00000, 0xFFC00000, 0x7F800001, 0xFF800001, 0x7FFFFFFF, 0xFFFFFFFF]))
     assert encode(format, nan).tolist() == [format.nan_code] * 6
 

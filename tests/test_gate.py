@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -62,13 +61,13 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def run(case: Case) -> Iterator[Run]:
+def run(case: Case) -> Run:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     made = inputs.make(case, device)
     before = made.sha256()
     result = moe_layer(case.recipe, *made.arguments(), trace=True, experts=case.shape.experts)
     assert made.sha256() == before, "the layer wrote to its inputs"
-    yield Run(case, made, before, result)
+    return Run(case, made, before, result)
 
 
 on_cases = pytest.mark.parametrize("case", GATE + SMOKE, ids=lambda case: case.id, scope="module")

@@ -19,7 +19,11 @@ from kernel.launch import Device
 from quant import atoms, tables
 
 TINY = capture.Effort(parts=1, outputs=1, fma_parts=1, triples=1 << 12, inputs=1 << 12, chunk=1 << 11)
-TABLE_SHA256: dict[str, dict[str, str]] = {}
+_GH100 = {
+    "rcp": "c408381446132e07fa5581e930dc33fb790bea7ec4276ef3621e322df2492a55",
+    "ex2": "b2a42c4a626469c986e33e43f16f41bde9d84de94347cd9ceaa1bd68d36bcdf0",
+}
+TABLE_SHA256: dict[str, dict[str, str]] = {"H100": _GH100, "H200": _GH100}
 """Chip -> table -> sha256 of the decoded table, pinned a second time: table and manifest cannot drift together."""
 
 

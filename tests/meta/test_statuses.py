@@ -158,6 +158,12 @@ def test_require_gpu_turns_skips_into_failures(tmp_path: Path) -> None:
     assert "1 passed" in run.stdout
 
 
+def test_require_gpu_fails_a_case_that_runs_without_one(tmp_path: Path) -> None:
+    run = pytest_run(tmp_path, CASES, "--require-gpu", "--ranks", "8")
+    assert run.returncode == 1, run.stdout
+    assert "a case without a GPU under --require-gpu: needs a GPU" in run.stdout
+
+
 def test_a_failure_ends_with_a_line_that_reproduces_it(tmp_path: Path) -> None:
     run = pytest_run(tmp_path, FAILS, "--seed", "3", "--ranks", "8")
     assert run.returncode == 1, run.stdout
