@@ -66,31 +66,57 @@ def moe_layer(
     weight = torch.cat(list(topk_weights))[where.row, where.slot]  # [n]
     l1_acts, l1_acts_sf = dispatch.pull(x, x_sf, where)  # Eq. (1)  [n, H]
 
+    l2_acts, l2_acts_sf, slots = through_experts(  # Eq. (2) to (7)  [n, I], [n, I/group], [n, H]
+        recipe, where, l1_acts, l1_acts_sf, weight, weights, arith, trace, progress
+    )
+
+    y = combine(recipe, slots, where, weight, problem.tokens, problem.topk, arith)  # Eq. (8)  [T_r, H]
+    counts = accumulate(stats, where, problem.ranks, problem.experts_per_rank)  # Eq. (9)  [E_loc]
+    if not trace:
+        return LayerResult(y, counts)
+    stages = (l1_acts, l1_acts_sf, l2_acts, l2_acts_sf, slots, torch.cat(y), torch.cat(counts))
+    return LayerResult(y, counts, dict(zip(STAGES, stages, strict=True)) | {"rows": where.triples()})
+
+
+def through_experts(
+    recipe: Recipe,
+    where: dispatch.Routes,
+    l1_acts: Tensor,
+    l1_acts_sf: Tensor,
+    weight: Tensor,
+    weights: Weights,
+    arith: ModuleType,
+    keep: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Eq. (2) to (7): n routed rows through the experts that they name.
+
+    l1_acts uint8 [n, H], l1_acts_sf float32 [n, H/128], weight float32 [n]; row i belongs to where's place i.
+    Returns (l2_acts uint8 [n, I], l2_acts_sf float32 [n, I/group], slots bfloat16 [n, H]) in the same order; with
+    keep off, and without rows, whose weights would say I, the first two are [0, 0].
+    Raises `ArgumentError` when weights(e) returned what does not fit.
+    """
+    hidden, device = l1_acts.shape[1], l1_acts.device
+
     def expert(e: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         rows = where.of_expert(e)  # m of the n rows
-        w1, w1_sf, w2, w2_sf = _checked(weights, e, problem.hidden)
+        w1, w1_sf, w2, w2_sf = _checked(weights, e, hidden)
         gate, up = gemm.l1(recipe, l1_acts[rows], l1_acts_sf[rows], w1, w1_sf, arith)  # Eq. (2), Eq. (3)  [m, I]
         v = swiglu.activate(recipe, gate, up, weight[rows], arith)  # Eq. (4)  [m, I]
         l2_acts, l2_acts_sf = swiglu.requantise(recipe, v)  # Eq. (5)  [m, I]
         out = gemm.l2(recipe, l2_acts, l2_acts_sf, w2, w2_sf, arith)  # Eq. (6)  [m, H]
         return rows, l2_acts, l2_acts_sf, scatter.to_slot(out, arith)  # Eq. (7)  [m, H]
 
-    slots = torch.empty(len(where), problem.hidden, dtype=torch.bfloat16, device=problem.device)
+    slots = torch.empty(len(where), hidden, dtype=torch.bfloat16, device=device)
     busy = where.expert.unique().tolist()
     parts = []
-    for done, part in enumerate(_side_by_side(expert, busy, problem.device), start=1):
+    for done, part in enumerate(_side_by_side(expert, busy, device), start=1):
         slots[part[0]] = part[3]
-        parts.append(part if trace else None)
+        if keep:
+            parts.append(part)
         if progress:
             progress(done, len(busy))
-
-    y = combine(recipe, slots, where, weight, problem.tokens, problem.topk, arith)  # Eq. (8)  [T_r, H]
-    counts = accumulate(stats, where, problem.ranks, problem.experts_per_rank)  # Eq. (9)  [E_loc]
-    if not trace:
-        return LayerResult(y, counts)
-    q, q_sf = (_in_row_order(parts, column, dtype) for column, dtype in ((1, torch.uint8), (2, torch.float32)))
-    stages = (l1_acts, l1_acts_sf, q, q_sf, slots, torch.cat(y), torch.cat(counts))
-    return LayerResult(y, counts, dict(zip(STAGES, stages, strict=True)) | {"rows": where.triples()})
+    return _in_row_order(parts, 1, torch.uint8), _in_row_order(parts, 2, torch.float32), slots
 
 
 def _checked(weights: Weights, e: int, hidden: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
