@@ -74,6 +74,8 @@ def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     float32 sees on which side of a tie the exact value lies (Boldo and Melquiond, "Emulation of FMA and correctly
     rounded sums", 2008).
     """
+    for name, x in (("a", a), ("b", b), ("c", c)):
+        check_f32(name, x)
     product = a.double() * b.double()
     addend = c.double()
     total = product + addend
@@ -131,20 +133,26 @@ def wgmma_e4m3(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     return torch.where(nan, _nan_like(value), value)
 
 
+def check_f32(name: str, x: Tensor) -> None:
+    """Raises TypeError unless x is float32."""
+    if x.dtype != torch.float32:
+        raise TypeError(f"{name} has dtype {x.dtype}; it must be torch.float32")
+
+
 def check_step(a: Tensor, b: Tensor, c: Tensor) -> None:
     """Raises TypeError or ValueError unless a, b, c are the operands of one step."""
     for name, x in (("a", a), ("b", b)):
         if x.dtype != torch.uint8:
             raise TypeError(f"{name} has dtype {x.dtype}; E4M3 codes are torch.uint8")
-        if x.shape[-1] != K_STEP:
-            raise ValueError(f"{name} has depth {x.shape[-1]}; one step takes {K_STEP}")
-    if c.dtype != torch.float32:
-        raise TypeError(f"c has dtype {c.dtype}; it must be torch.float32")
+        if x.dim() < 2 or x.shape[-1] != K_STEP:
+            depth = x.shape[-1] if x.dim() else 0
+            raise ValueError(f"{name} has depth {depth}, shape {tuple(x.shape)}; one step takes [..., rows, {K_STEP}]")
+    check_f32("c", c)
     if c.shape[-2:] != (a.shape[-2], b.shape[-2]):
         raise ValueError(f"c has shape {tuple(c.shape)}; a and b ask for [..., {a.shape[-2]}, {b.shape[-2]}]")
 
 
-def check_chain(a: Tensor, b: Tensor) -> int:
+def check_chain(a: Tensor, b: Tensor, c: Tensor | None) -> int:
     """The common depth of a chain's operands. Raises TypeError or ValueError naming the operand that does not fit."""
     for name, x in (("a", a), ("b", b)):
         if x.dtype != torch.uint8 or x.dim() != 2:
@@ -152,6 +160,10 @@ def check_chain(a: Tensor, b: Tensor) -> int:
     depth = a.shape[-1]
     if depth % K_STEP or depth != b.shape[-1]:
         raise ValueError(f"a and b have depth {depth} and {b.shape[-1]}; both must be one multiple of {K_STEP}")
+    if c is not None:
+        check_f32("c", c)
+        if c.shape != (a.shape[0], b.shape[0]):
+            raise ValueError(f"c has shape {tuple(c.shape)}; a and b ask for ({a.shape[0]}, {b.shape[0]})")
     return depth
 
 
@@ -170,7 +182,7 @@ def wgmma_chain(a: Tensor, b: Tensor, c: Tensor | None = None) -> Tensor:
 
     a uint8 [M, K], b uint8 [N, K], K a multiple of 32, c float32 [M, N] or None for +0 (scale-d 0) -> float32 [M, N].
     """
-    depth = check_chain(a, b)
+    depth = check_chain(a, b, c)
     if c is None:
         c = torch.zeros(a.shape[0], b.shape[0], dtype=torch.float32, device=a.device)
     rows = max(1, (1 << 22) // (max(1, b.shape[0]) * K_STEP))  # bounds the [rows, N, 32] temporaries
@@ -215,6 +227,7 @@ def ex2_approx(x: Tensor) -> Tensor:
 
 def expf(x: Tensor) -> Tensor:
     """expf of CUDA 13.0's libdevice without fast math, step by step; float32 -> float32, subnormal results kept."""
+    check_f32("x", x)
     t = fma(x, _constant(0x3BBB989D, x), _constant(0x3F000000, x))  # x * log2(e) / 252 + 1/2
     t = torch.where(torch.isnan(t), 0.0, t).clamp(0.0, 1.0)
     n = torch.floor(t.double() * 252.0).to(torch.int64) - 126  # fma rounding down, made exact: n = floor(252 t) - 126
@@ -225,6 +238,7 @@ def expf(x: Tensor) -> Tensor:
 
 def silu(x: Tensor, fast: bool) -> Tensor:
     """x * sigmoid(x), float32 -> float32. fast: ex2.approx and rcp.approx; else expf and an IEEE division."""
+    check_f32("x", x)
     if fast:
         exponential = ex2_approx(-x * _constant(LOG2_E, x))
         return _one_nan(x * rcp_approx(1.0 + exponential))

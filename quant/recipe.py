@@ -18,6 +18,9 @@ class RecipeError(ValueError):
     """A recipe, shape or field value that is unknown, illegal or not built yet; names field, value and rule."""
 
 
+FP32_MAX = float.fromhex("0x1.fffffep+127")
+"""Largest finite float32: the layer clamps in float32."""
+
 #: Every field but `clamp` is a choice: the values that work, then the values that are known but not built yet.
 CHOICES: dict[str, tuple[tuple[str | int, ...], tuple[str | int, ...]]] = {
     "silu": (("fast", "precise"), ()),
@@ -104,8 +107,11 @@ class Recipe:
     def from_fields(cls, fields: dict[str, Any]) -> Recipe:
         """Inverse of `fields()`: a field left out is neutral. Raises `RecipeError` for a field that does not exist."""
         clamp = fields.get("clamp", cls.clamp)
-        decoded = dict(fields, clamp=float.fromhex(clamp) if isinstance(clamp, str) else clamp)
-        return cls(**NEUTRAL).replace(**decoded)
+        try:
+            clamp = float.fromhex(clamp) if isinstance(clamp, str) else clamp
+        except (ValueError, OverflowError) as error:
+            raise RecipeError(f"recipe field clamp = {clamp!r} must be a number in hex ({error})") from None
+        return cls(**NEUTRAL).replace(**dict(fields, clamp=clamp))
 
     def diff(self, other: Recipe) -> dict[str, tuple[Any, Any]]:
         """The fields in which two recipes differ: name -> (ours, theirs)."""
@@ -119,9 +125,13 @@ def _checked_clamp(clamp: Any) -> float | None:
         return None
     if isinstance(clamp, bool) or not isinstance(clamp, int | float):
         raise RecipeError(f"recipe field clamp = {clamp!r} must be a number >= 0 or None")
-    if math.isnan(clamp) or clamp < 0:
+    if clamp != clamp or clamp < 0:
         raise RecipeError(f"recipe field clamp = {clamp!r} must be >= 0 (None or inf: no clamp)")
-    return None if math.isinf(clamp) else float(clamp) + 0.0  # + 0.0: -0 is 0
+    if clamp == math.inf:
+        return None
+    if clamp > FP32_MAX:
+        raise RecipeError(f"recipe field clamp = {clamp!r} must be a float32 (None or inf: no clamp)")
+    return float(clamp) + 0.0  # + 0.0: -0 is 0
 
 
 #: Named points of the recipe space. The public kernels' own points that we can compute are here too.

@@ -75,7 +75,7 @@ def _chain(a, b, acc):
 
 def wgmma_chain(a: Tensor, b: Tensor, c: Tensor | None = None) -> Tensor:
     """See `atoms.wgmma_chain`."""
-    atoms.check_chain(a, b)
+    atoms.check_chain(a, b, c)
     acc = torch.zeros(a.shape[0], b.shape[0]) if c is None else c.contiguous().clone()
     _chain(_rows(a).numpy(), _rows(b).numpy(), acc.numpy())
     return acc
@@ -246,6 +246,11 @@ def _table(name: str) -> np.ndarray:
     return tables.load(name).numpy()
 
 
+def _floats(x: Tensor, function: Callable[..., np.ndarray], *table_names: str) -> Tensor:
+    atoms.check_f32("x", x)
+    return _flat(x, function, *table_names)
+
+
 def _flat(x: Tensor, function: Callable[..., np.ndarray], *table_names: str) -> Tensor:
     flat = x.contiguous().reshape(-1).numpy()
     with np.errstate(all="ignore"):  # NaN, infinities and overflow are results here, not accidents
@@ -254,33 +259,35 @@ def _flat(x: Tensor, function: Callable[..., np.ndarray], *table_names: str) -> 
 
 def rcp_approx(x: Tensor) -> Tensor:
     """See `atoms.rcp_approx`."""
-    return _flat(x, _rcp, "rcp")
+    return _floats(x, _rcp, "rcp")
 
 
 def ex2_approx(x: Tensor) -> Tensor:
     """See `atoms.ex2_approx`."""
-    return _flat(x, _ex2, "ex2")
+    return _floats(x, _ex2, "ex2")
 
 
 def expf(x: Tensor) -> Tensor:
     """See `atoms.expf`."""
-    return _flat(x, _expf, "ex2")
+    return _floats(x, _expf, "ex2")
 
 
 def silu(x: Tensor, fast: bool) -> Tensor:
     """See `atoms.silu`."""
-    return _flat(x, _silu_fast, "rcp", "ex2") if fast else _flat(x, _silu_precise, "ex2")
+    return _floats(x, _silu_fast, "rcp", "ex2") if fast else _floats(x, _silu_precise, "ex2")
 
 
 def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """See `atoms.fma`."""
+    for name, x in (("a", a), ("b", b), ("c", c)):
+        atoms.check_f32(name, x)
     with np.errstate(all="ignore"):
         return torch.from_numpy(np.asarray(_fma(a.numpy(), b.numpy(), c.numpy())))
 
 
 def encode_e4m3(x: Tensor) -> Tensor:
     """See `atoms.encode_e4m3`."""
-    return _flat(x, _encode_e4m3)
+    return _floats(x, _encode_e4m3)
 
 
 def decode_e4m3(codes: Tensor) -> Tensor:
@@ -290,7 +297,7 @@ def decode_e4m3(codes: Tensor) -> Tensor:
 
 def encode_bf16(x: Tensor) -> Tensor:
     """See `atoms.encode_bf16`."""
-    return _flat(x, _encode_bf16).view(torch.bfloat16)
+    return _floats(x, _encode_bf16).view(torch.bfloat16)
 
 
 def decode_bf16(x: Tensor) -> Tensor:

@@ -69,6 +69,8 @@ def _library() -> launch.Library:
 
 
 def _map(name: str, x: Tensor, out_dtype: torch.dtype, y: Tensor | None = None, z: Tensor | None = None) -> Tensor:
+    if not name.startswith("decode"):
+        atoms.check_f32("x", x)
     x = x.contiguous()
     out = torch.empty(x.shape, dtype=out_dtype, device=x.device)
     if x.numel() == 0:
@@ -102,6 +104,8 @@ def silu(x: Tensor, fast: bool) -> Tensor:
 
 def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """See `atoms.fma`."""
+    for operand, t in (("a", a), ("b", b), ("c", c)):
+        atoms.check_f32(operand, t)
     a, b, c = (t.contiguous() for t in torch.broadcast_tensors(a, b, c))
     return _map("fma", a, torch.float32, b, c)
 
@@ -128,7 +132,7 @@ def decode_bf16(x: Tensor) -> Tensor:
 
 def wgmma_chain(a: Tensor, b: Tensor, c: Tensor | None = None) -> Tensor:
     """See `atoms.wgmma_chain`. Rows may be strided by a multiple of 8 bytes (a K block of a larger matrix)."""
-    depth = atoms.check_chain(a, b)
+    depth = atoms.check_chain(a, b, c)
     rows, columns = a.shape[0], b.shape[0]
     acc = torch.zeros(rows, columns, device=a.device) if c is None else c.contiguous().clone()
     if acc.numel():

@@ -51,14 +51,14 @@ def check(
     """The problem's dimensions, or `ArgumentError`. experts None: read from stats, else the least that R divides."""
     if not isinstance(recipe, Recipe):
         raise ArgumentError(f"recipe = {recipe!r} must be a quant.recipe.Recipe")
-    ranks = len(x)
-    if ranks == 0:
+    if isinstance(x, list | tuple) and not x:
         raise ArgumentError("x = [] must hold one tensor a rank, at least one")
+    ranks = len(topk_idx) if isinstance(x, Tensor) or x is None else len(x)
     by_rank = {"x": x, "x_sf": x_sf, "topk_idx": topk_idx, "topk_weights": topk_weights}
     if stats is not None:
         by_rank["stats"] = stats
     for name, tensors in by_rank.items():
-        if isinstance(tensors, Tensor) or len(tensors) != ranks:
+        if not isinstance(tensors, list | tuple) or len(tensors) != ranks:
             raise ArgumentError(f"{name} must be a list of {ranks} tensors, one a rank, as x is")
 
     hidden, topk = _last_dim("x[0]", x[0]), _last_dim("topk_idx[0]", topk_idx[0])
@@ -67,6 +67,7 @@ def check(
     if not 1 <= topk <= 32:
         raise ArgumentError(f"topk_idx[0] has topk = {topk}; it must be in [1, 32]")
     for rank in range(ranks):
+        _last_dim(f"x[{rank}]", x[rank])
         tokens = x[rank].shape[0]
         _tensor(f"x[{rank}]", x[rank], torch.uint8, (tokens, hidden))
         _tensor(f"x_sf[{rank}]", x_sf[rank], torch.float32, (tokens, hidden // BLOCK))
@@ -100,13 +101,27 @@ def check_weights(e: int, tensors: tuple[Tensor, Tensor, Tensor, Tensor], hidden
     _tensor(f"weights({e}) w2_sf", w2_sf, torch.float32, (hidden // BLOCK, intermediate // BLOCK))
 
 
+def check_source(weights: Weights) -> None:
+    """Raises `ArgumentError` unless weights can be called."""
+    if not callable(weights):
+        raise ArgumentError(f"weights = {weights!r} must be a function of the expert, see arguments.Weights")
+
+
+def check_same_width(e: int, intermediate: int, first: int) -> None:
+    """Raises `ArgumentError` when an expert's I is not that of the experts before it."""
+    if intermediate != first:
+        raise ArgumentError(f"weights({e}): intermediate = {intermediate} must be {first}, as the other experts' is")
+
+
 def _experts(experts: int | None, ranks: int, topk_idx: Sequence[Tensor], stats: Sequence[Tensor] | None) -> int:
     if experts is None and stats is not None:
+        if not isinstance(stats[0], Tensor) or stats[0].dim() != 1:
+            raise ArgumentError(f"stats[0] is {_describe(stats[0])}; it must be torch.int32 [experts / ranks]")
         experts = ranks * stats[0].shape[0]
     if experts is None:
         largest = max((int(idx.max()) for idx in topk_idx if idx.numel()), default=-1)
         experts = max(1, -(-(largest + 1) // ranks)) * ranks
-    if experts <= 0 or experts % ranks:
+    if not isinstance(experts, int) or experts <= 0 or experts % ranks:
         raise ArgumentError(f"experts = {experts} must be a positive multiple of the number of ranks, {ranks}")
     return experts
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from quant.recipe import Recipe
 from quant.twin import arith as compiled_arith
 from reference import dispatch, gemm, scatter, swiglu
-from reference.arguments import Weights, check, check_weights
+from reference.arguments import Weights, check, check_same_width, check_source, check_weights
 from reference.combine import combine
 from reference.stats import accumulate
 
@@ -96,6 +96,7 @@ def through_experts(
     keep off, and without rows, whose weights would say I, the first two are [0, 0].
     Raises `ArgumentError` when weights(e) returned what does not fit.
     """
+    check_source(weights)
     hidden, device = l1_acts.shape[1], l1_acts.device
 
     def expert(e: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -109,8 +110,10 @@ def through_experts(
 
     slots = torch.empty(len(where), hidden, dtype=torch.bfloat16, device=device)
     busy = where.expert.unique().tolist()
-    parts = []
+    parts, width = [], 0
     for done, part in enumerate(_side_by_side(expert, busy, device), start=1):
+        width = width or part[1].shape[1]
+        check_same_width(busy[done - 1], part[1].shape[1], width)
         slots[part[0]] = part[3]
         if keep:
             parts.append(part)

@@ -182,7 +182,7 @@ BAD_STEPS: dict[str, tuple[Tensor, Tensor, Tensor, type[Exception], str]] = {
     "b-dtype": (torch.zeros(2, 32, **U8), torch.zeros(3, 32), torch.zeros(2, 3), TypeError, "b has dtype"),
     "a-depth": (torch.zeros(2, 64, **U8), torch.zeros(3, 32, **U8), torch.zeros(2, 3), ValueError, "a has depth 64"),
     "b-depth": (torch.zeros(2, 32, **U8), torch.zeros(3, 16, **U8), torch.zeros(2, 3), ValueError, "b has depth 16"),
-    "a-dims": (torch.zeros(32, **U8), torch.zeros(3, 32, **U8), torch.zeros(1, 3), ValueError, "a has shape"),
+    "a-dims": (torch.zeros(32, **U8), torch.zeros(3, 32, **U8), torch.zeros(1, 3), ValueError, "a has depth 32, shape"),
     "c-dtype": (
         torch.zeros(2, 32, **U8),
         torch.zeros(3, 32, **U8),
