@@ -10,10 +10,15 @@ from typing import Annotated
 
 import typer
 
-from kernel import probe
+from kernel import dense, probe
 from kernel.build import BuildError, Built, EnvironmentMissing
+from quant import twin_gpu
 
-TARGETS: dict[str, Callable[[], Built]] = {"probes": probe.compile_probes}
+TARGETS: dict[str, Callable[[], Built]] = {
+    "probes": probe.compile_probes,
+    "twin": twin_gpu.compile_twin,
+    "dense": dense.compile_dense,
+}
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 

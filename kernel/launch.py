@@ -138,6 +138,36 @@ class Kernel:
         _check(result, f"cuLaunchKernelEx({self.name}, grid {grid}, block {block}, shared {shared})")
 
 
+class TensorMap(ctypes.Structure):
+    """A CUtensorMap: 128 bytes that TMA reads, `ptx::TensorMap` in the sources. The first member of its struct."""
+
+    _fields_ = (("opaque", ctypes.c_uint64 * 16),)
+
+
+def tensor_map(tensor: torch.Tensor, box_rows: int) -> TensorMap:
+    """The map of a byte matrix whose boxes are box_rows x 128 bytes in the 128-byte swizzle.
+
+    tensor: uint8 [rows, columns], rows 16-byte aligned, a column step of 1. Rows beyond the end are read as zero.
+    Raises LaunchError when the driver refuses it.
+    """
+    driver, (rows, columns) = _driver(), tensor.shape
+    result = driver.cuTensorMapEncodeTiled(
+        driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT8,
+        2,
+        tensor.data_ptr(),
+        [driver.cuuint64_t(columns), driver.cuuint64_t(rows)],
+        [driver.cuuint64_t(tensor.stride(0))],
+        [driver.cuuint32_t(128), driver.cuuint32_t(box_rows)],
+        [driver.cuuint32_t(1), driver.cuuint32_t(1)],
+        driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+        driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+        driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+        driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+    )
+    encoded = _check(result, f"cuTensorMapEncodeTiled(uint8 {list(tensor.shape)}, box {box_rows} x 128)")
+    return TensorMap((ctypes.c_uint64 * 16)(*(int(word) for word in encoded.opaque)))
+
+
 def _driver() -> Any:
     try:
         from cuda.bindings import driver

@@ -80,6 +80,75 @@ __device__ __forceinline__ u32 shared_address(const void* pointer) {
     return static_cast<u32>(__cvta_generic_to_shared(pointer));
 }
 
+// ---- barriers in shared memory (PTX ISA 9.7.13.15) ------------------------------------------------------------------
+
+__device__ __forceinline__ void mbarrier_init(u64* barrier, u32 arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+}
+
+// Makes mbarrier_init visible to the asynchronous proxy.
+__device__ __forceinline__ void fence_mbarrier_init() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+__device__ __forceinline__ void mbarrier_arrive(u64* barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
+// Arrives, and announces `bytes` of asynchronous copies that complete on this phase.
+__device__ __forceinline__ void mbarrier_arrive_expect(u64* barrier, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+                 : "memory");
+}
+
+// Whether the phase of this parity has completed; may suspend the thread for a while first.
+__device__ __forceinline__ bool mbarrier_try_wait(u64* barrier, u32 parity) {
+    u32 done;
+    asm volatile(
+        "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+        : "=r"(done)
+        : "r"(shared_address(barrier)), "r"(parity)
+        : "memory");
+    return done != 0;
+}
+
+// ---- asynchronous copies (PTX ISA 9.7.9.25, 9.7.9.27) ---------------------------------------------------------------
+
+// An opaque tensor map (CUtensorMap); the host encodes it.
+struct alignas(64) TensorMap {
+    u64 opaque[16];
+};
+
+// A box of a 2-D tensor to shared memory; column and row of its first element. Completes on `barrier`.
+__device__ __forceinline__ void tma_load_2d(void* target, const TensorMap& map, u64* barrier, int column, int row) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
+            shared_address(target)),
+        "l"(&map), "r"(shared_address(barrier)), "r"(column), "r"(row)
+        : "memory");
+}
+
+// `bytes` (a multiple of 16) of plain memory to shared memory. Completes on `barrier`.
+__device__ __forceinline__ void bulk_load(void* target, const void* source, u32 bytes, u64* barrier) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+            shared_address(target)),
+        "l"(source), "r"(bytes), "r"(shared_address(barrier))
+        : "memory");
+}
+
+// ---- registers of a role (PTX ISA 9.7.19.5) -------------------------------------------------------------------------
+
+template <u32 kRegisters>
+__device__ __forceinline__ void more_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+template <u32 kRegisters>
+__device__ __forceinline__ void fewer_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
 // ---- warpgroup matrix multiply-accumulate (PTX ISA 9.7.15) ----------------------------------------------------------
 
 // Before the first wgmma of a warpgroup, and whenever registers it reads were written by other instructions.
@@ -102,6 +171,13 @@ __device__ __forceinline__ void pin(u32& value) { asm volatile("" : "+r"(value):
 __device__ __forceinline__ u64 descriptor_no_swizzle(const void* matrix, u32 k_stride, u32 row_stride) {
     return static_cast<u64>((shared_address(matrix) & 0x3FFFF) >> 4) | static_cast<u64>((k_stride & 0x3FFFF) >> 4) << 16 |
            static_cast<u64>((row_stride & 0x3FFFF) >> 4) << 32;
+}
+
+// The same for a tile of 128-byte rows in the 128-byte swizzle, as TMA lays it down: 8 rows x 128 bytes are 1,024 bytes,
+// which is also the alignment of the tile. A step of 32 columns adds 32 bytes to the address.
+__device__ __forceinline__ u64 descriptor_swizzle_128(const void* matrix) {
+    return static_cast<u64>((shared_address(matrix) & 0x3FFFF) >> 4) | static_cast<u64>(1) << 16 |
+           static_cast<u64>(1024 >> 4) << 32 | static_cast<u64>(1) << 62;
 }
 
 // D[64, N] (+)= A[64, 32] B[N, 32]^T in e4m3, f32 accumulators, by the 128 threads of a warpgroup. scale_d false: D is not

@@ -59,8 +59,10 @@ class _CodesParams(ctypes.Structure):
 
 
 def compile_twin() -> build.Built:
-    """The twin's cubin; needs NVRTC but no GPU."""
-    return build.build([SOURCE], ENTRIES)
+    """The twin's gated cubin; needs NVRTC but no GPU."""
+    built = build.build([SOURCE], ENTRIES)
+    build.gate(built)
+    return built
 
 
 @cache
