@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from kernel import dense, probe
+from kernel import dense, grouped, probe
 from kernel.build import BuildError, Built, EnvironmentMissing
 from quant import twin_gpu
 
@@ -18,6 +18,7 @@ TARGETS: dict[str, Callable[[], Built]] = {
     "probes": probe.compile_probes,
     "twin": twin_gpu.compile_twin,
     "dense": dense.compile_dense,
+    "grouped": grouped.compile_grouped,
 }
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)

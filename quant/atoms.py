@@ -46,6 +46,7 @@ def encode_bf16(x: Tensor) -> Tensor:
 
 def decode_bf16(x: Tensor) -> Tensor:
     """bfloat16 -> float32, exactly; any NaN gives 0x7fffffff."""
+    check_bf16(x)
     return BF16.decode(x.contiguous().view(torch.int16))
 
 
@@ -139,6 +140,12 @@ def check_f32(name: str, x: Tensor) -> None:
         raise TypeError(f"{name} has dtype {x.dtype}; it must be torch.float32")
 
 
+def check_bf16(x: Tensor) -> None:
+    """Raises TypeError unless x is bfloat16."""
+    if x.dtype != torch.bfloat16:
+        raise TypeError(f"x has dtype {x.dtype}; it must be torch.bfloat16")
+
+
 def check_step(a: Tensor, b: Tensor, c: Tensor) -> None:
     """Raises TypeError or ValueError unless a, b, c are the operands of one step."""
     for name, x in (("a", a), ("b", b)):
@@ -191,7 +198,7 @@ def wgmma_chain(a: Tensor, b: Tensor, c: Tensor | None = None) -> Tensor:
         for k in range(0, depth, K_STEP):
             acc = wgmma_e4m3(a_rows[:, k : k + K_STEP], b[:, k : k + K_STEP], acc)
         out.append(acc)
-    return torch.cat(out) if out else c.clone()
+    return _one_nan(torch.cat(out)) if out else c.clone()
 
 
 # --- the special-function unit ----------------------------------------------------------------------------------------

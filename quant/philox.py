@@ -41,6 +41,7 @@ def words(seed: int, stream: int, count: int, start: int = 0, device: torch.devi
 
 def codes(seed: int, stream: int, count: int, lut: Tensor) -> Tensor:
     """uint8 [count] on lut's device: byte j of the stream (little-endian in its word) through lut, uint8 [256]."""
+    check_lut(lut)
     w = words(seed, stream, (count + 3) // 4, device=lut.device)
     as_bytes = torch.stack([w >> shift & 0xFF for shift in (0, 8, 16, 24)], dim=1).reshape(-1)[:count]
     return lut[as_bytes]
@@ -51,6 +52,12 @@ def check(seed: int, stream: int) -> None:
     for name, value in (("seed", seed), ("stream", stream)):
         if not 0 <= value < 1 << 64:
             raise ValueError(f"{name} = {value} must be in [0, 2^64)")
+
+
+def check_lut(lut: Tensor) -> None:
+    """Raises ValueError unless lut is uint8 [256]: a shorter one would be read past its end."""
+    if lut.dtype != torch.uint8 or tuple(lut.shape) != (256,):
+        raise ValueError(f"lut is {lut.dtype} {list(lut.shape)}; it must be torch.uint8 [256]")
 
 
 def _mul32(m: int, x: Tensor) -> tuple[Tensor, Tensor]:

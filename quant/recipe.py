@@ -171,7 +171,7 @@ class Shape:
     def __post_init__(self) -> None:
         for field in ("hidden", "intermediate"):
             value = getattr(self, field)
-            if value <= 0 or value % 128:
+            if not isinstance(value, int) or value <= 0 or value % 128:
                 raise RecipeError(f"shape {self.name}: {field} = {value} must be a positive multiple of 128")
         if self.experts <= 0:
             raise RecipeError(f"shape {self.name}: experts = {self.experts} must be positive")

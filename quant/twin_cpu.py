@@ -16,7 +16,7 @@ from torch import Tensor
 
 from quant import atoms, lanes, tables
 from quant.formats import F32_NAN
-from quant.philox import MULTIPLIERS, ROUNDS, WEYL, check
+from quant.philox import MULTIPLIERS, ROUNDS, WEYL, check, check_lut
 
 NAME = f"numba {numba.__version__} on the CPU"
 
@@ -302,6 +302,7 @@ def encode_bf16(x: Tensor) -> Tensor:
 
 def decode_bf16(x: Tensor) -> Tensor:
     """See `atoms.decode_bf16`."""
+    atoms.check_bf16(x)
     return _flat(x.contiguous().view(torch.int16), _decode_bf16)
 
 
@@ -330,6 +331,7 @@ def _philox_codes(seed, stream, lut, out):
 def codes(seed: int, stream: int, count: int, lut: Tensor) -> Tensor:
     """See `philox.codes`."""
     check(seed, stream)
+    check_lut(lut)
     out = torch.empty(-(-count // 16) * 16, dtype=torch.uint8)
-    _philox_codes(np.uint64(seed), np.uint64(stream), lut.numpy(), out.numpy())
+    _philox_codes(np.uint64(seed), np.uint64(stream), lut.contiguous().numpy(), out.numpy())
     return out[:count]

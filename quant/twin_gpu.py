@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kernel import build, launch
 from quant import atoms, tables
-from quant.philox import check
+from quant.philox import check, check_lut
 
 NAME = "NVRTC on the GPU"
 SOURCE = Path(__file__).with_name("twin.cu")
@@ -129,6 +129,7 @@ def encode_bf16(x: Tensor) -> Tensor:
 
 def decode_bf16(x: Tensor) -> Tensor:
     """See `atoms.decode_bf16`."""
+    atoms.check_bf16(x)
     return _map("decode_bf16", x, torch.float32)
 
 
@@ -159,7 +160,8 @@ def _rows(x: Tensor) -> Tensor:
 def codes(seed: int, stream: int, count: int, lut: Tensor) -> Tensor:
     """See `philox.codes`."""
     check(seed, stream)
-    blocks = -(-count // 16)
+    check_lut(lut)
+    lut, blocks = lut.contiguous(), -(-count // 16)
     out = torch.empty(blocks * 16, dtype=torch.uint8, device=lut.device)
     if blocks:
         params = _CodesParams(lut.data_ptr(), out.data_ptr(), blocks, seed, stream)

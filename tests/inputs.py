@@ -74,10 +74,14 @@ def code_lut(kind: str) -> Tensor:
 
 
 def scales(seed: int, stream: int, count: int, exponent: int) -> Tensor:
-    """float32 [count]: 2^(exponent -1 .. +1) times a random mantissa, one in four a plain power of two."""
+    """float32 [count]: 2^(exponent -1 .. +1) times a random mantissa.
+
+    Every fifth is a plain power of two: never two neighbours, along a row or (where a row is no multiple of five) down
+    a column, so that neighbouring blocks always differ.
+    """
     word = philox.words(seed, stream, 2 * count).reshape(count, 2)
     field = 127 + exponent - 1 + word[:, 0] % 3
-    mantissa = torch.where(word[:, 0] >> 8 & 3 == 0, 0, word[:, 1] & 0x7FFFFF)
+    mantissa = torch.where(torch.arange(count) % 5 == 2, 0, word[:, 1] & 0x7FFFFF)
     return f32_from_bits(field << 23 | mantissa)
 
 

@@ -1,0 +1,62 @@
+// Eq. (4), (5): clamped SwiGLU times the routing weight, then re-quantisation to E4M3 with one power-of-two scale for 64
+// columns. The same names as in reference/swiglu.py; every operation rounds on its own.
+#pragma once
+#include "special.cuh"
+
+namespace swiglu {
+
+struct Params {
+    float clamp;    // c, where clamped
+    u32 clamped;    // 0: no clamp, and NaN stays NaN
+};
+
+// Eq. (4). gate = min(gate, c) only; up = min(max(up, -c), c); fminf and fmaxf drop a NaN.
+template <bool kFast>
+__device__ __forceinline__ float activate(float gate, float up, float weight, const Params& p) {
+    if (p.clamped) {
+        gate = fminf(gate, p.clamp);
+        up = fminf(fmaxf(up, -p.clamp), p.clamp);
+    }
+    const float silu = kFast ? special::silu_fast(gate) : special::silu_precise(gate);
+    return silu * up * weight;
+}
+
+// Eq. (5): the least e with 2^e >= fl(amax * fl(1/448)), in [-126, 126], read from the bits.
+__device__ __forceinline__ int scale_exponent(float amax) {
+    const u32 scaled = __float_as_uint(amax * __uint_as_float(0x3B124925u));
+    const int e = static_cast<int>(scaled >> 23 & 0xFF) - 127 + ((scaled & 0x7FFFFF) != 0 ? 1 : 0);
+    return max(-126, min(126, e));
+}
+
+__device__ __forceinline__ float pow2(int e) { return __uint_as_float(static_cast<u32>(e + 127) << 23); }
+
+// The tile of one math warpgroup after GEMM 1: 64 rows x 128 interleaved columns, that is gate and up of 64 outputs. A
+// thread holds the gates of 8 columns in even groups of four registers and the ups in odd ones, for two rows; the four
+// lanes of a quad hold the 64 outputs of a row. Codes go to l2_acts [rows][intermediate], the scale to l2_acts_sf
+// [intermediate / 64][rows].
+template <bool kFast>
+__device__ __forceinline__ void requantise_tile(const float (&sum)[64], const float (&weight)[2], const Params& p, u8* l2_acts,
+                                                float* l2_acts_sf, u64 row, u32 group, u64 rows, u32 intermediate) {
+    const u32 quad = threadIdx.x % 4;
+#pragma unroll
+    for (u32 half = 0; half < 2; ++half) {
+        float v[16], amax = 0.0f;
+#pragma unroll
+        for (u32 i = 0; i < 16; ++i) {
+            const u32 gate = i / 2 * 8 + half * 2 + i % 2;
+            v[i] = activate<kFast>(sum[gate], sum[gate + 4], weight[half], p);
+            amax = fmaxf(amax, fabsf(v[i]));
+        }
+        amax = fmaxf(amax, __shfl_xor_sync(0xFFFFFFFFu, amax, 1));
+        amax = fmaxf(amax, __shfl_xor_sync(0xFFFFFFFFu, amax, 2));
+        const int e = scale_exponent(amax);
+        const float factor = pow2(-e);
+        u8* target = l2_acts + (row + 8 * half) * intermediate + group * 64 + 2 * quad;
+#pragma unroll
+        for (u32 i = 0; i < 16; i += 2)
+            *reinterpret_cast<u16*>(target + i / 2 * 8) = ptx::cvt_e4m3x2(v[i + 1] * factor, v[i] * factor);
+        if (quad == 0) l2_acts_sf[group * rows + row + 8 * half] = pow2(e);
+    }
+}
+
+}  // namespace swiglu
