@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from kernel import dense, grouped, probe
+from kernel import api, dense, grouped, probe
 from kernel.build import BuildError, Built, EnvironmentMissing
 from quant import twin_gpu
 
@@ -19,6 +19,7 @@ TARGETS: dict[str, Callable[[], Built]] = {
     "twin": twin_gpu.compile_twin,
     "dense": dense.compile_dense,
     "grouped": grouped.compile_grouped,
+    "moe": api.compile_moe,
 }
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)

@@ -1,0 +1,93 @@
+"""Sizes and offsets, computed once: the symmetric buffer of a rank and the shared memory of a block. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+BLOCK_M, BLOCK_N, BLOCK_K, STAGES, THREADS = 128, 128, 128, 6, 384
+GROUP = 64
+"""Columns of L2 activations that share a scale."""
+MAX_RANKS, MAX_EXPERTS = 8, 512
+"""`kMaxRanks` and `kMaxExperts` of params.cuh."""
+ALIGNMENT = 1024
+SHARED_LIMIT = 227 * 1024
+
+
+class ConfigError(ValueError):
+    """A problem that the kernel cannot take; names argument, value and rule."""
+
+
+def aligned(size: int, to: int = ALIGNMENT) -> int:
+    """The least multiple of `to` that holds `size`."""
+    return -(-size // to) * to
+
+
+def shared_bytes() -> int:
+    """sizeof(SharedStorage) of storage.cuh: the ring, its barriers, the plan."""
+    stage = aligned((BLOCK_M + BLOCK_N) * BLOCK_K + BLOCK_K // GROUP * BLOCK_M * 4)
+    return aligned(STAGES * stage + 2 * 8 * STAGES + 4 * (4 * MAX_EXPERTS + 1))
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a symmetric buffer is made for. Raises ConfigError."""
+
+    ranks: int
+    experts: int
+    topk: int
+    hidden: int
+    intermediate: int
+    capacity: int
+    """Tokens of a rank at most."""
+
+    def __post_init__(self) -> None:
+        for name in ("hidden", "intermediate"):
+            value = getattr(self, name)
+            if value <= 0 or value % 128:
+                raise ConfigError(f"{name} = {value} must be a positive multiple of 128")
+        if not 1 <= self.ranks <= MAX_RANKS:
+            raise ConfigError(f"ranks = {self.ranks} must be in [1, {MAX_RANKS}]")
+        if not 0 < self.experts <= MAX_EXPERTS or self.experts % self.ranks:
+            rule = f"a multiple of ranks = {self.ranks}, at most {MAX_EXPERTS}"
+            raise ConfigError(f"num_experts = {self.experts} must be {rule}")
+        if not 1 <= self.topk <= 32:
+            raise ConfigError(f"num_topk = {self.topk} must be in [1, 32]")
+        if self.capacity <= 0 or self.capacity * self.topk >= 1 << 31:
+            raise ConfigError(f"num_max_tokens_per_rank = {self.capacity} must be positive, times topk below 2^31")
+
+    @property
+    def experts_local(self) -> int:
+        return self.experts // self.ranks
+
+    @property
+    def pool_rows(self) -> int:
+        """Rows of the pool: every slot of every rank may come here, and each expert's last block may be part-filled."""
+        slots = self.ranks * self.capacity * self.topk
+        return aligned(slots + self.experts_local * (BLOCK_M - 1), BLOCK_M)
+
+    def offsets(self) -> tuple[dict[str, int], int]:
+        """(name -> byte offset of each field of `Layout` in params.cuh, total bytes)."""
+        t, k, h, i = self.capacity, self.topk, self.hidden, self.intermediate
+        rows = self.pool_rows
+        workspace = 4 * (4 + 2 * MAX_EXPERTS + 2 * (rows // BLOCK_M))
+        sizes = {
+            "x": t * h,
+            "x_sf": 4 * t * (h // 128),
+            "topk_idx": 8 * t * k,
+            "topk_weights": 4 * t * k,
+            "slots": 2 * t * k * h,
+            "recv_count": 4 * self.experts,
+            "recv_list": 4 * self.ranks * t * k,
+            "rank_counter": 4,
+            "workspace": workspace,
+            "l1_acts": rows * h,
+            "l1_acts_sf": 4 * rows * (h // 128),
+            "l2_acts": rows * i,
+            "l2_acts_sf": 4 * rows * (i // GROUP),
+            "pool_source": 8 * rows,
+            "pool_weight": 4 * rows,
+        }
+        offsets, end = {}, 0
+        for name, size in sizes.items():
+            offsets[name], end = end, aligned(end + size)
+        return offsets, end

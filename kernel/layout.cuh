@@ -1,0 +1,41 @@
+// Where things are: every address of this rank and of its peers is a buffer's base plus an offset, and is made here.
+#pragma once
+#include "params.cuh"
+
+namespace layout {
+
+struct Rank {
+    const Params& p;
+    const RankParams& own;
+    u32 rank, block, blocks;  // block: of this rank's blocks
+
+    __device__ __forceinline__ explicit Rank(const Params& params)
+        : p(params), own(params.rank[blockIdx.x / params.blocks_per_rank]),
+          rank(params.first_rank + blockIdx.x / params.blocks_per_rank), block(blockIdx.x % params.blocks_per_rank),
+          blocks(params.blocks_per_rank) {}
+
+    template <typename T>
+    __device__ __forceinline__ T* at(u32 peer, u64 offset) const {
+        return reinterpret_cast<T*>(p.buffer[peer] + offset);
+    }
+    template <typename T>
+    __device__ __forceinline__ T* mine(u64 offset) const {
+        return at<T>(rank, offset);
+    }
+    __device__ __forceinline__ Workspace& workspace() const { return *mine<Workspace>(p.layout.workspace); }
+    __device__ __forceinline__ u32* block_rows() const { return mine<u32>(p.layout.workspace + sizeof(Workspace)); }
+    __device__ __forceinline__ u32* block_l1_tiles() const { return block_rows() + p.shape.pool_rows / 128; }
+    __device__ __forceinline__ u32* recv_count(u32 peer, u32 source) const {
+        return at<u32>(peer, p.layout.recv_count) + source * p.shape.experts_local;
+    }
+    __device__ __forceinline__ u32* recv_list(u32 peer, u32 source) const {
+        return at<u32>(peer, p.layout.recv_list) + static_cast<u64>(source) * p.shape.capacity * p.shape.topk;
+    }
+    // The output row of (token, slot), `entry` = token * K + slot, on its source rank.
+    __device__ __forceinline__ u16* slot_row(u32 peer, u32 entry) const {
+        const u64 token = entry / p.shape.topk, slot = entry % p.shape.topk;
+        return at<u16>(peer, p.layout.slots) + (slot * p.shape.capacity + token) * p.shape.hidden;
+    }
+};
+
+}  // namespace layout
