@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from kernel import build
-from kernel.config import MAX_RANKS, THREADS, ConfigError, Problem, shared_bytes
+from kernel.config import MAX_RANKS, THREADS, ConfigError, Problem, check_recipe, shared_bytes
 from kernel.launch import Library, TensorMap, require_device, tensor_map
 from quant.cast import interleave_gate_up
-from quant.recipe import Recipe, RecipeError
+from quant.recipe import Recipe
 
 SOURCES = ("moe_sm90.cu",)
 ENTRIES = ("moe_fast", "moe_precise")
@@ -233,9 +233,7 @@ def fp8_mega_moe(
 
 def _recipe(recipe: tuple[int, int, int] | Recipe, clamp: float | None, fast_math: bool) -> Recipe:
     if isinstance(recipe, Recipe):
-        for name, (value, _) in recipe.diff(Recipe(clamp=recipe.clamp, silu=recipe.silu)).items():
-            raise RecipeError(f"recipe field {name} = {value!r} is not one that the kernel computes")
-        return recipe
+        return check_recipe(recipe)
     if tuple(recipe) != (128, 128, 128):
         raise ConfigError(f"recipe = {recipe!r} must be (128, 128, 128) or a Recipe")
     return Recipe(clamp=clamp, silu="fast" if fast_math else "precise")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from quant.recipe import Recipe, RecipeError
+
 BLOCK_M, BLOCK_N, BLOCK_K, STAGES, THREADS = 128, 128, 128, 6, 384
 GROUP = 64
 """Columns of L2 activations that share a scale."""
@@ -20,6 +22,13 @@ class ConfigError(ValueError):
 def aligned(size: int, to: int = ALIGNMENT) -> int:
     """The least multiple of `to` that holds `size`."""
     return -(-size // to) * to
+
+
+def check_recipe(recipe: Recipe) -> Recipe:
+    """The recipe, if the kernel computes it. Raises RecipeError naming the first field that it does not."""
+    for name, (value, _) in recipe.diff(Recipe(clamp=recipe.clamp, silu=recipe.silu)).items():
+        raise RecipeError(f"recipe field {name} = {value!r} is not one that the kernel computes")
+    return recipe
 
 
 def shared_bytes() -> int:

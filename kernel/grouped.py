@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from kernel import build
+from kernel.config import check_recipe
 from kernel.dense import BLOCK, THREADS, shared_bytes
 from kernel.launch import Library, TensorMap, require_device, tensor_map
-from quant.recipe import Recipe, RecipeError
+from quant.recipe import Recipe
 
 SOURCES = ("grouped.cu",)
 ENTRIES = ("grouped_l1_fast", "grouped_l1_precise", "grouped_l2")
@@ -76,12 +77,6 @@ def compile_grouped() -> build.Built:
 @cache
 def _library() -> Library:
     return Library(compile_grouped().cubin)
-
-
-def check_recipe(recipe: Recipe) -> None:
-    """Raises RecipeError naming the first field that these kernels do not compute."""
-    for name, (value, neutral) in recipe.diff(Recipe(clamp=recipe.clamp, silu=recipe.silu)).items():
-        raise RecipeError(f"recipe field {name} = {value!r}: the kernel computes {neutral!r}")
 
 
 def l1(recipe: Recipe, pool: Pool, acts: Tensor, acts_sf: Tensor, weight: Tensor, w1: Tensor, w1_sf: Tensor) -> tuple:

@@ -1,4 +1,4 @@
-"""Comparing two tensors bit for bit: what differs first, decoded. Never a tolerance."""
+"""Comparing bit for bit, never within a tolerance: two tensors (`same`), all stages (`first_divergence`)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 
 from quant.formats import BF16, E4M3
+from tests.divergence import Comparison, Divergence, compare_stages, first_divergence
+
+__all__ = ["Comparison", "Differs", "Divergence", "bits", "compare_stages", "first_divergence", "same"]
 
 _INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _UNIT = {torch.uint8: "E4M3", torch.bfloat16: "BF16", torch.float32: "fp32", torch.int32: "int32"}

@@ -1,0 +1,148 @@
+"""This project's own kernel as an adapter: all ranks of a case in one launch on one GPU."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernel import api
+from kernel.adapters import Prepared
+from kernel.config import BLOCK_M, check_recipe
+from quant.recipe import Recipe, RecipeError
+from reference.dispatch import routes
+
+FP8 = torch.float8_e4m3fn
+POOL_STAGES = ("l1_acts", "l1_acts_sf", "l2_acts", "l2_acts_sf")
+"""Stages that stand in the pool, by expert; slots stand in the combine buffer."""
+
+
+class MegaproofAdapter:
+    """`fp8_mega_moe` in a virtual group. Weights and buffer are kept while shape, ranks and capacity stay."""
+
+    name = "megaproof"
+    worlds = ("virtual",)
+
+    def __init__(self) -> None:
+        self.prepared: Prepared | None = None
+        self.buffer: api.SymmBuffer | None = None
+        self._weights_of: object = None
+
+    def claims(self, recipe: Recipe) -> str | None:
+        """The default recipe with any clamp and both forms of silu."""
+        try:
+            check_recipe(recipe)
+        except RecipeError as error:
+            return str(error)
+        return None
+
+    def prepare(self, prepared: Prepared) -> None:
+        """Raises EnvironmentMissing without an SM90 GPU."""
+        api.require_device()
+        case, made = prepared.case, prepared.inputs
+        shape, capacity = case.shape, max(1, *case.tokens)
+        local = shape.experts_per_rank(case.ranks)
+        sizes = (case.ranks, shape.experts, shape.topk, shape.hidden, shape.intermediate)
+        if self.buffer is None or self._sizes != sizes or self.buffer.problem.capacity < capacity:
+            group = api.VirtualGroup(case.ranks)
+            self.buffer = api.get_symm_buffer_for_mega_moe(
+                group, shape.experts, capacity, shape.topk, shape.hidden, shape.intermediate
+            )
+            self._sizes, self._weights_of = sizes, None
+        if self._weights_of is not made.weights:
+            self.weights = [self._rank_weights(prepared, rank, local) for rank in range(case.ranks)]
+            self._weights_of = made.weights
+        for rank, tokens in enumerate(case.tokens):
+            views = self.buffer.rank(rank)
+            views.x.view(torch.uint8)[:tokens] = made.x[rank]
+            views.x_sf[:tokens] = made.x_sf[rank]
+            views.topk_idx[:tokens] = made.topk_idx[rank]
+            views.topk_weights[:tokens] = made.topk_weights[rank]
+        device = prepared.device
+        self.outputs = [torch.empty(t, shape.hidden, dtype=torch.bfloat16, device=device) for t in case.tokens]
+        self.counts = [torch.zeros(local, dtype=torch.int32, device=device) for _ in case.tokens]
+        self.prepared = prepared
+
+    def fill(self, byte: int) -> None:
+        """y, the slots and the pool: everything that a launch has to write before it is read."""
+        for y in self.outputs:
+            y.view(torch.uint8).fill_(byte)
+        for rank in range(self._buffer.problem.ranks):
+            views = self._buffer.rank(rank)
+            for name in (*POOL_STAGES[::2], "slots"):
+                getattr(views, name).view(torch.uint8).fill_(byte)
+            for name in POOL_STAGES[1::2]:
+                getattr(views, name).t().view(torch.uint8).fill_(byte)
+
+    def launch(self) -> None:
+        """Raises KernelTimeout when a role waited in vain."""
+        l1, l2 = zip(*self.weights, strict=True)
+        api.fp8_mega_moe(self.outputs, l1, l2, self._buffer, self.counts, recipe=self._prepared.case.recipe)
+        self._buffer.check()
+
+    def stages(self) -> dict[str, Tensor]:
+        """Read back from pools and slots; raises AssertionError where a routed row is missing or in another place."""
+        case, where = self._prepared.case, routes(self._prepared.inputs.topk_idx)
+        local, device = case.shape.experts_per_rank(case.ranks), where.rank.device
+        found: dict[str, list[Tensor]] = {name: [] for name in (*POOL_STAGES, "place")}
+        for rank in range(case.ranks):
+            views = self._buffer.rank(rank)
+            received = where.expert[where.expert // local == rank] - rank * local
+            rows, expert = _pool_rows(torch.bincount(received, minlength=local))
+            found["place"].append(torch.cat([views.pool_source[rows].long(), expert[:, None] + rank * local], dim=1))
+            for name in POOL_STAGES:
+                dtype = torch.float32 if name.endswith("_sf") else torch.uint8
+                found[name].append(getattr(views, name).view(dtype)[rows])
+        place = torch.cat(found.pop("place"))
+        order = torch.argsort((place[:, 0] << 40) + place[:, 1])
+        wanted = torch.stack([where.rank, where.token * case.shape.topk + where.slot, where.expert], dim=1)
+        assert torch.equal(place[order], wanted), "a routed row is missing, doubled, or with another expert"
+        stages = {name: torch.cat(parts)[order] for name, parts in found.items()}
+        slots = [self._buffer.rank(r).slots[k, t] for r, t, k in where.triples().tolist()]
+        empty = torch.empty(0, case.shape.hidden, dtype=torch.bfloat16, device=device)
+        stages["slots"] = torch.stack(slots) if slots else empty
+        return stages if slots else {"slots": empty}
+
+    def y(self) -> list[Tensor]:
+        """By rank."""
+        return self.outputs
+
+    def stats(self) -> list[Tensor]:
+        """By rank, over all launches since `prepare`."""
+        return self.counts
+
+    def close(self) -> None:
+        """Frees buffer and weights."""
+        if self.buffer is not None:
+            self.buffer.destroy()
+        self.buffer = self.prepared = self._weights_of = None
+        self.weights = self.outputs = self.counts = []
+
+    @staticmethod
+    def _rank_weights(prepared: Prepared, rank: int, local: int) -> tuple:
+        experts = map(prepared.inputs.weights, range(rank * local, (rank + 1) * local))
+        w1, w1_sf, w2, w2_sf = (torch.stack(part) for part in zip(*experts, strict=True))
+        return api.transform_weights_for_mega_moe_sm90((w1.view(FP8), w1_sf), (w2.view(FP8), w2_sf))
+
+    @property
+    def _buffer(self) -> api.SymmBuffer:
+        assert self.buffer is not None, "prepare comes first"
+        return self.buffer
+
+    @property
+    def _prepared(self) -> Prepared:
+        assert self.prepared is not None, "prepare comes first"
+        return self.prepared
+
+
+def _pool_rows(counts: Tensor) -> tuple[Tensor, Tensor]:
+    """(pool row, local expert) of every received row: each expert begins at a whole block."""
+    expert = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+    blocks = (counts + BLOCK_M - 1) // BLOCK_M
+    first = (blocks.cumsum(0) - blocks) * BLOCK_M
+    inside = torch.arange(len(expert), device=counts.device) - (counts.cumsum(0) - counts)[expert]
+    return first[expert] + inside, expert
+
+
+def make() -> MegaproofAdapter:
+    """The factory of `--kernel kernel.adapters.megaproof:make`."""
+    return MegaproofAdapter()
