@@ -1,13 +1,16 @@
-"""`python -m reference run | usual`: compute a case of the matrix; compare the field's usual reference with ours.
+"""`python -m reference run | explain | usual`: compute a case; derive one element by hand; compare the usual reference.
 
-Exit status: 0 done, 2 usage, 3 environment.
+Exit status: 0 done, 1 what was derived is not what the layer gives (or a bundle is damaged), 2 usage, 3 environment.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import json
 import resource
 import time
+from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -17,9 +20,11 @@ from rich.progress import Progress
 
 from golden.store import stage_digest
 from quant import twin
-from reference import oracle
+from reference import oracle, replay
+from reference.anatomy import Disagreement
+from reference.explain import ExplainError, Question
 from reference.layer import STAGES, LayerResult, moe_layer
-from tests import inputs
+from tests import bundle, inputs
 from tests.cases import CASES, GATE, Case
 from tests.compare import bits
 
@@ -31,10 +36,11 @@ AsJson = Annotated[bool, typer.Option("--json", help="one JSON object instead of
 
 
 def find_case(case_id: str) -> Case:
-    """The one case with this id, or the first whose id starts so. Raises typer.BadParameter naming the ids."""
+    """The one case with this id, or the first whose id starts so. Raises typer.BadParameter naming the closest ids."""
     matching = [case for case in CASES if case.id == case_id] or [c for c in CASES if c.id.startswith(case_id)]
     if not matching:
-        raise typer.BadParameter(f"no case {case_id!r}; ids are: {', '.join(case.id for case in CASES)}")
+        near = difflib.get_close_matches(case_id, [case.id for case in CASES], n=3, cutoff=0.0)
+        raise typer.BadParameter(f"no case {case_id!r}; closest: {', '.join(near)}")
     return matching[0]
 
 
@@ -76,6 +82,57 @@ def run(case_id: CaseId, as_json: AsJson = False) -> None:
     for key, value in report.items():
         for line in [f"{key}: {value}"] if key != "stages" else [f"{k:11} {v}" for k, v in value.items()]:
             console.print(line, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def explain(
+    target: Annotated[str, typer.Argument(help="a case id, the start of one, or a bundle under reports/bundles")],
+    rank: Annotated[int | None, typer.Option(help="source rank")] = None,
+    token: Annotated[int | None, typer.Option(help="token of that rank")] = None,
+    column: Annotated[int | None, typer.Option(help="column of y")] = None,
+    slot: Annotated[int | None, typer.Option(help="show this slot alone on the way to y")] = None,
+    k_block: Annotated[int | None, typer.Option(help="128-wide K block of GEMM 1 shown step by step")] = None,
+    activation: Annotated[int | None, typer.Option(help="column of I whose activation is shown")] = None,
+    expert: Annotated[int | None, typer.Option(help="explain this expert's statistics instead")] = None,
+    seed: Annotated[int, typer.Option(help="added to the case's seed, as the suite's --seed is", min=0)] = 0,
+    full: Annotated[bool, typer.Option("--full", help="one line for every K block of GEMM 1 too")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Derives one element of y by hand, every number with its bits and its equation, and checks it against the layer.
+
+    Without --k-block and --activation, those that move the result most are shown. A bundle says itself where to look.
+    """
+    try:
+        told = _told(target, Question(rank, token, column, slot, k_block, activation, full), expert, seed)
+    except ExplainError as error:
+        raise typer.BadParameter(str(error)) from error
+    except (bundle.BundleError, Disagreement) as error:
+        Console(stderr=True).print(f"{type(error).__name__}: {error}", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from error
+    if as_json:
+        print(json.dumps(told.as_dict()))
+    else:
+        replay.show(told, console)
+    raise typer.Exit(0 if told.holds else 1)
+
+
+def _told(target: str, question: Question, expert: int | None, seed: int) -> replay.Told:
+    """What `explain` prints. Raises typer.BadParameter for options that are missing or do not go together."""
+    place = {"--rank": question.rank, "--token": question.token, "--column": question.column}
+    further = {"--slot": question.slot, "--activation": question.activation, "--expert": expert, "--seed": seed or None}
+    if Path(target).suffix in (".json", ".safetensors"):
+        if given := [name for name, value in (place | further).items() if value is not None]:
+            raise typer.BadParameter(f"a bundle says itself what to explain; it takes no {', '.join(given)}")
+        if not Path(target).exists():
+            raise typer.BadParameter(f"no bundle {target!r}")
+        return replay.of_bundle(bundle.read(Path(target)), question.k_block, question.full)
+    found = find_case(target)
+    case = dataclasses.replace(found, seed=(found.seed + seed) % (1 << 64))
+    if expert is not None:
+        return replay.of_expert(case, expert)
+    if missing := [name for name, value in place.items() if value is None]:
+        raise typer.BadParameter(f"{', '.join(missing)} must be given: which element of y of {case.id}?")
+    return replay.of_element(case, question)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""Eq. (2), (3), (6): the two grouped GEMMs, each block of K promoted into an fp32 sum."""
+"""Eq. (2), Eq. (3), Eq. (6): the two grouped GEMMs, each block of K promoted into an fp32 sum."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def promoted(a: Tensor, a_sf: Tensor, w: Tensor, w_sf: Tensor, group: int, arith
 def l1(
     recipe: Recipe, acts: Tensor, acts_sf: Tensor, w1: Tensor, w1_sf: Tensor, arith: ModuleType
 ) -> tuple[Tensor, Tensor]:
-    """Eq. (2), (3): gate and up, float32 [m, I] each; w1 holds gate rows, then up rows."""
+    """Eq. (2), Eq. (3): gate and up, float32 [m, I] each; w1 holds gate rows, then up rows."""
     h = promoted(acts, acts_sf, w1, w1_sf, BLOCK, arith)
     if recipe.l1_rounding == "bf16":
         h = arith.decode_bf16(arith.encode_bf16(h))
