@@ -1,4 +1,4 @@
-"""Eq. (4), Eq. (5): clamped SwiGLU times the routing weight, then re-quantisation. All in fp32, each operation rounded."""
+"""Eq. (4), Eq. (5): clamped SwiGLU times the routing weight, then re-quantisation. In fp32, each operation rounded."""
 
 from __future__ import annotations
 
