@@ -1,4 +1,4 @@
-"""`python -m golden verify | regenerate | capture`: what the recipe computes, pinned; what a chip computes, measured.
+"""`python -m golden verify | diff | regenerate | capture`: what the recipe computes, and what a chip computes, pinned.
 
 Exit status: 0 proven, 1 differs, 2 usage, 3 environment (driver, device, packages), 5 nothing was compared.
 """
@@ -15,14 +15,17 @@ import torch
 import typer
 from rich.console import Console
 from rich.progress import Progress
+from torch import Tensor
 
 from golden import silicon, store
 from kernel.build import BuildError, EnvironmentMissing
 from quant import twin
+from quant.recipe import Recipe
 from quant.tables import TableError
 from reference.layer import LayerResult, moe_layer
 from tests import inputs
 from tests.cases import CASES, Case
+from tests.compare import bits
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 console = Console()
@@ -142,6 +145,37 @@ def regenerate(
     console.print(f"{len(new)} goldens written, {len(keep & set(old))} kept", highlight=False)
 
 
+@app.command()
+def diff(only: Only = "", folder: Folder = store.FOLDER) -> None:
+    """Prints what `regenerate` would change, stage by stage and bit by bit where the trace is stored whole.
+
+    Writes nothing. Exit status 1 when something would change.
+    """
+    old, changed = store.read_manifest_or_none(folder), []
+
+    def show(case: Case, progress: Callable[[int, int], None]) -> None:
+        digest, result = compute(case, progress)
+        before, golden = old.get(case.id), store.make_entry(case, digest, result.trace or {}, "", "")
+        if before is None:
+            changed.append(case.id)
+            console.print(f"new     {case.id}", highlight=False)
+            return
+        fields = Recipe.from_fields(before["recipe"]).diff(case.recipe)
+        stages = store.changed_stages(before, golden.entry)
+        inputs_changed = before["inputs_sha256"] != digest
+        if fields or stages or inputs_changed:
+            changed.append(case.id)
+            for name, (was, now) in fields.items():
+                console.print(f"recipe  {case.id}: {name} {was} -> {now}", highlight=False, soft_wrap=True)
+            _print_change(case, before, result, ["inputs"] * inputs_changed + stages, folder)
+
+    selected = _selected(only)
+    _each(selected, show)
+    console.print(f"{len(changed)} of {len(selected)} cases would change", highlight=False)
+    if changed:
+        raise typer.Exit(1)
+
+
 def _print_change(case: Case, before: dict[str, Any], result: LayerResult, changed: list[str], folder: Path) -> None:
     trace = result.trace or {}
     console.print(f"[yellow]changes[/] {case.id}", highlight=False)
@@ -150,11 +184,25 @@ def _print_change(case: Case, before: dict[str, Any], result: LayerResult, chang
             console.print("  inputs: other bytes", highlight=False)
             continue
         try:
-            rows = len(store.changed_rows(name, store.read_entry(before, folder), trace))
+            golden = store.read_entry(before, folder)
         except store.GoldenError as error:
             console.print(f"  {name}: {error}", highlight=False)
             continue
+        rows = len(store.changed_rows(name, golden, trace))
         console.print(f"  {name}: {rows or 'all'} of {trace[name].shape[0]} rows", highlight=False)
+        if golden.entry["data"] == "stages" and golden.data[name].shape == trace[name].shape:
+            _print_bits(golden.data[name], trace[name].cpu())
+
+
+def _print_bits(old: Tensor, new: Tensor) -> None:
+    """How many elements changed, and the first of them as hex."""
+    before, after = bits(old), bits(new)
+    where = (before != after).nonzero()
+    mask, width = (1 << 8 * old.element_size()) - 1, 2 + 2 * old.element_size()
+    console.print(f"    {len(where):,} of {before.numel():,} elements", highlight=False)
+    for place in map(tuple, where[:3].tolist()):
+        was, now = int(before[place]) & mask, int(after[place]) & mask
+        console.print(f"    {list(place)}: {was:#0{width}x} -> {now:#0{width}x}", highlight=False, markup=False)
 
 
 @app.command()

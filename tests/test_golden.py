@@ -225,6 +225,32 @@ def test_regenerate_refuses_other_bytes_without_a_reason(only: list[str], folder
     assert store.read(CASE, folder).entry["reason"] == "the test wants it"
 
 
+def test_diff_prints_bits_and_writes_nothing(
+    only: list[str], folder: Path, computed: tuple[str, dict[str, torch.Tensor]]
+) -> None:
+    status, output = command("diff", *only)
+    assert status == 0
+    assert "0 of 1 cases would change" in output
+    sha256, trace = computed
+    old = store.make_entry(CASE, sha256, changed(trace, "l2_acts"), "test", "a reason")
+    store.write({CASE.id: old}, folder=folder)
+    before = (folder / "manifest.json").read_text()
+    status, output = command("diff", *only)
+    assert status == 1
+    assert "l2_acts: 1 of 11 rows" in output
+    code = int(trace["l2_acts"][3, 0])
+    assert f"[3, 0]: {code ^ 1:#04x} -> {code:#04x}" in output
+    assert (folder / "manifest.json").read_text() == before
+
+
+def test_diff_names_the_field_of_a_changed_recipe(only: list[str], folder: Path) -> None:
+    other = CASE.recipe.replace(clamp=7.0)
+    rewrite(folder, recipe=other.fields(), recipe_id=other.recipe_id)
+    status, output = command("diff", *only)
+    assert status == 1
+    assert "clamp 7.0 -> 10.0" in output
+
+
 def test_regenerate_accepts_a_new_recipe_without_a_reason(only: list[str], folder: Path) -> None:
     other = CASE.recipe.replace(clamp=7.0)
     rewrite(folder, recipe=other.fields(), recipe_id=other.recipe_id, stages=dict.fromkeys(STAGES, "0" * 64))
