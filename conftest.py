@@ -1,8 +1,8 @@
 """Options, header and verdicts of the suite: what a run may be asked for, what it says of itself, and when it is green.
 
-Exit statuses are pytest's own, with two additions: 5 also when tests were selected and none of them passed or failed
-(a run that compared nothing is not green), and 3 for an environment that can't run the suite at all. torch is imported
-late: a run that needs no device starts at once.
+Exit statuses are pytest's own, with two additions: 5 also when tests were selected and none of them passed or failed,
+or when `--kernel` names a kernel and no proof of it ran (a run that compared nothing is not green); and 3 for an
+environment that can't run the suite at all. torch is imported late: a run that needs no device starts at once.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import importlib.util
 import json
+import os
 import platform
 import re
 import shlex
@@ -31,6 +32,14 @@ MAX_RANKS = 72
 EXIT_ENVIRONMENT = 3
 REPRODUCE = "reproduce with"
 """Title of the line that ends every failure."""
+DEFAULT_KERNEL = "kernel.adapters:default"
+"""As kernel.adapters.DEFAULT, which needs torch."""
+KERNEL_PROPERTY = "kernel"
+"""Property of a test that compared a kernel with the reference."""
+NOT_CLAIMED = "not claimed"
+"""Start of the skip of a recipe that an adapter says it can't run: a statement about the kernel, not a missing GPU."""
+CHOOSES_DISTRIBUTION = pytest.StashKey[bool]()
+"""Whether the command line says how pytest-xdist distributes tests."""
 SEED_BITS = 64
 """Philox takes a key of 64 bits."""
 
@@ -63,6 +72,14 @@ def _seed(text: str) -> int:
     return int(text)
 
 
+def _recipe(text: str) -> str:
+    from quant.recipe import RECIPES
+
+    if text not in RECIPES:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a recipe: it takes one of {', '.join(RECIPES)}")
+    return text
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("megaproof")
     group.addoption(
@@ -77,6 +94,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=0,
         metavar="N",
         help="added to the seed of every case (default: 0, the seeds that the goldens were made with)",
+    )
+    group.addoption(
+        "--recipe",
+        type=_recipe,
+        metavar="NAME",
+        help="run every case under this named recipe instead of its own; goldens are then not compared",
+    )
+    group.addoption(
+        "--world",
+        choices=("virtual", "gloo", "processes"),
+        default="virtual",
+        help="how the kernel's ranks run: all in one process or launch (default), one process each over gloo, or one "
+        "process and one GPU each",
+    )
+    group.addoption(
+        "--kernel",
+        default=DEFAULT_KERNEL,
+        metavar="MODULE:FACTORY",
+        help="the kernel to prove, an adapter as in kernel/adapters; this imports and RUNS FOREIGN CODE with your "
+        f"rights (default: {DEFAULT_KERNEL})",
     )
     group.addoption(
         "--require-gpu",
@@ -97,7 +134,58 @@ def pytest_configure(config: pytest.Config) -> None:
         names = ", ".join(missing)
         needed = "nothing of the suite works without; `make setup` prints an interpreter that has all it needs"
         pytest.exit(f"{sys.executable} (Python {found}) has no {names}: {needed}", EXIT_ENVIRONMENT)
+    if workers := getattr(config, "workerinput", {}).get("workercount"):
+        # Threads of several processes that wait for each other on the same cores are many times slower; no bit moves.
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // workers)))
+    if config.option.kernel != DEFAULT_KERNEL:
+        _check_kernel(config.option.kernel)
+    if config.option.world == "processes":
+        import torch
+
+        needed, gpus = max(config.option.ranks or {8}), torch.cuda.device_count()
+        if gpus < needed:
+            advice = "--world virtual runs all ranks on one GPU"
+            pytest.exit(
+                f"--world processes with {needed} ranks needs {needed} GPUs, found {gpus}; {advice}", EXIT_ENVIRONMENT
+            )
     config.pluginmanager.register(Verdicts(config), "megaproof-verdicts")
+
+
+def _check_kernel(spec: str) -> None:
+    """One sentence at the start for a --kernel that is no adapter; else every case would say so."""
+    from kernel import adapters
+    from kernel.build import EnvironmentMissing
+
+    try:
+        adapters.make(spec).close()
+    except adapters.AdapterError as error:
+        raise pytest.UsageError(str(error)) from None
+    except EnvironmentMissing as error:
+        pytest.exit(f"--kernel {spec}: {_first_line(error)}", EXIT_ENVIRONMENT)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_cmdline_main(config: pytest.Config) -> Generator[None, Any, Any]:
+    config.stash[CHOOSES_DISTRIBUTION] = getattr(config.option, "dist", "no") != "no"
+    return (yield)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any | None:
+    """With `-n` alone, all proofs of a case run on one worker, so that each case is computed once.
+
+    `--dist loadgroup` would be pytest-xdist's own way; xdist 3.8 marks the groups in a field that pytest 9.2 lacks.
+    """
+    if config.stash[CHOOSES_DISTRIBUTION]:
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByCase(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file, _, name = nodeid.partition("::")
+            return f"{file}::{name[name.index('[') :]}" if name.endswith("]") else nodeid
+
+    return ByCase(config, log)
 
 
 @functools.cache
@@ -134,20 +222,33 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=dropped)
         gone = set(dropped)
         items[:] = [item for item in items if item not in gone]
-    if seed:
+    for item in items:
+        if getattr(_case(item), "tier", "cpu") == "gpu":
+            item.add_marker("gpu")
+    if seed or config.option.recipe:
+        from quant.recipe import RECIPES
+
         # One new case for each old one: fixtures of a wider scope compare their parameter by identity.
         reseeded: dict[int, Any] = {}
         for item in items:
             if case := _case(item):
                 if id(case) not in reseeded:
-                    reseeded[id(case)] = dataclasses.replace(case, seed=(case.seed + seed) % (1 << SEED_BITS))
+                    changes: dict[str, Any] = {"seed": (case.seed + seed) % (1 << SEED_BITS)}
+                    if config.option.recipe and hasattr(case, "recipe"):
+                        changes["recipe"] = RECIPES[config.option.recipe]
+                    reseeded[id(case)] = dataclasses.replace(case, **changes)
                 item.callspec.params["case"] = reseeded[id(case)]
 
 
 def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Item]) -> list[str]:
-    cases = [item for item in items if _case(item)]
-    on_gpu = sum(1 for item in items if item.get_closest_marker("gpu"))
-    return [f"megaproof: {len(items)} tests selected, {len(cases)} of them on cases; {on_gpu} need a GPU"]
+    on_cases = [item for item in items if _case(item)]
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    cases = {item.callspec.id for item in on_cases}
+    cases_on_gpu = {item.callspec.id for item in on_gpu if _case(item)}
+    return [
+        f"megaproof: {len(items)} tests selected, {len(on_cases)} of them on cases; {len(on_gpu)} need a GPU",
+        f"megaproof: {len(cases)} cases, {len(cases - cases_on_gpu)} of tier cpu and {len(cases_on_gpu)} of tier gpu",
+    ]
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -175,6 +276,9 @@ def _reproduce(item: pytest.Item | pytest.Collector) -> str:
         command = f"cd {shlex.quote(str(item.config.rootpath))} && {command}"
     if case:
         command += f" --ranks {case.ranks} --seed {option.seed}"
+        command += f" --recipe {option.recipe}" if option.recipe else ""
+        command += f" --world {option.world}" if option.world != "virtual" else ""
+        command += f" --kernel {shlex.quote(option.kernel)}" if option.kernel != DEFAULT_KERNEL else ""
     if option.require_gpu:
         command += " --require-gpu"
     return command
@@ -186,7 +290,8 @@ def pytest_runtest_makereport(
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
     expected = hasattr(report, "wasxfail")
-    if report.skipped and not expected and item.config.option.require_gpu and item.get_closest_marker("gpu"):
+    gpu_skip = report.skipped and not expected and item.get_closest_marker("gpu")
+    if gpu_skip and item.config.option.require_gpu and not _skip_reason(report).startswith(NOT_CLAIMED):
         report.outcome = "failed"
         report.longrepr = f"skipped under --require-gpu: {_skip_reason(report)}"
     if report.failed:
@@ -216,6 +321,8 @@ class Verdicts:
 
     def __init__(self, config: pytest.Config) -> None:
         self.compared = 0
+        self.kernel = config.option.kernel
+        self.kernel_proofs = 0
         self.skips: Counter[str] = Counter()
         self.failures: list[str] = []
         self.is_worker = hasattr(config, "workerinput")
@@ -226,6 +333,7 @@ class Verdicts:
             self.skips[_skip_reason(report)] += 1
         elif report.failed or (report.passed and report.when == "call"):
             self.compared += 1
+            self.kernel_proofs += report.failed or KERNEL_PROPERTY in dict(report.user_properties)
         self._note_failure(report)
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
@@ -238,8 +346,15 @@ class Verdicts:
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
-        if exitstatus == pytest.ExitCode.OK and self.runs_tests and not self.is_worker and not self.compared:
+        if exitstatus == pytest.ExitCode.OK and self.runs_tests and not self.is_worker and self._unproven():
             session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED
+
+    def _unproven(self) -> str:
+        """Why a run without a failure proves nothing, or ''."""
+        if not self.compared:
+            return "No test passed or failed"
+        named = self.kernel != DEFAULT_KERNEL
+        return f"No proof of --kernel {self.kernel} ran" if named and not self.kernel_proofs else ""
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
         write = terminalreporter.write_line
@@ -251,9 +366,9 @@ class Verdicts:
             terminalreporter.section(REPRODUCE)
             for line in self.failures:
                 write(line)
-        if self.runs_tests and not self.compared:
+        if self.runs_tests and (reason := self._unproven()):
             terminalreporter.section("nothing was compared")
-            write("No test passed or failed, so nothing is proven: this is not green (exit status 5).")
+            write(f"{reason}, so nothing is proven: this is not green (exit status 5).")
 
 
 # ---- Header ----------------------------------------------------------------------------------------------------------
@@ -263,7 +378,8 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     """What decides the result of this run: options, versions, device, arithmetic and silicon goldens."""
     option = config.option
     ranks = ",".join(map(str, sorted(option.ranks))) if option.ranks else "all"
-    lines = [f"ranks {ranks}, seed {option.seed}, require-gpu {'yes' if option.require_gpu else 'no'}"]
+    recipe = f"recipe {option.recipe or 'of each case'}, world {option.world}, kernel {option.kernel}"
+    lines = [f"ranks {ranks}, seed {option.seed}, {recipe}, require-gpu {'yes' if option.require_gpu else 'no'}"]
     for describe in (_versions, _device, _arithmetic, _silicon):
         try:
             lines.append(describe())

@@ -1,8 +1,8 @@
 """The proof of a kernel on one case: three launches through its adapter, everything that it shows compared.
 
 1. The case.  2. The same again: the same bits, and statistics twice as large.  3. Another batch in the same buffers:
-each rank gets the tokens of the rank before it in reverse order, one fewer where there are two or more. What is expected
-of it are rows of the case's own result, since a token's row depends on neither batch nor rank.
+each rank gets the tokens of the rank before it in reverse order, one fewer where there are two or more. What is
+expected of it are rows of the case's own result, since a token's row depends on neither batch nor rank.
 Each time, in this order: the stages that the kernel shows, y of every rank, statistics, and whether the inputs are what
 they were.
 """

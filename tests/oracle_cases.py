@@ -12,7 +12,7 @@ from torch import Tensor
 from quant import philox
 from quant.recipe import Recipe
 from reference.layer import moe_layer
-from tests.inputs import code_lut
+from tests.draws import code_lut
 from tests.lattice import make_lattice
 
 HIDDEN, INTER, EXPERTS, TOPK = 512, 256, 8, 4
@@ -38,7 +38,7 @@ class Draw:
         return philox.words(self.seed, next(self.streams), math.prod(shape)).reshape(shape)
 
     def codes(self, kind: str, *shape: int) -> Tensor:
-        """E4M3 codes, see `inputs.code_lut`; 'sparse' is 'spread' with nine zeros in ten."""
+        """E4M3 codes, see `draws.code_lut`; 'sparse' is 'spread' with nine zeros in ten."""
         if kind == "sparse":
             return torch.where(self.words(*shape) % 10 > 0, 0, self.codes("spread", *shape))
         return code_lut(kind)[self.words(*shape) & 255]

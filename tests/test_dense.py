@@ -9,7 +9,7 @@ from torch import Tensor
 from kernel import dense
 from quant import philox, twin
 from reference import gemm
-from tests.inputs import code_lut, scales
+from tests.draws import code_lut, scales
 
 SHAPES = [(128, 128, 128), (128, 256, 512), (384, 1152, 1024), (1024, 4096, 4096), (640, 4096, 2048)]
 """M, N, K: one tile of one block; a ring that never wraps; odd bands of tiles; both GEMMs of a layer."""

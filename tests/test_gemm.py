@@ -12,7 +12,7 @@ from quant.formats import BF16
 from quant.recipe import RECIPES, Recipe
 from reference import gemm
 from tests.bit_patterns import assert_same
-from tests.inputs import scales
+from tests.draws import scales
 
 
 def problem(m: int, n: int, k: int, group: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -1,10 +1,11 @@
-"""The whole layer: routing and combination by hand, both arithmetics, invariances, and every recipe field at work."""
+"""The whole layer: routing and combination by hand, both arithmetics, masks, NaN, and what belongs to the caller.
+
+Invariances are in `test_invariance.py`, the fields of the recipe in `test_recipe_fields.py`.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,12 +13,12 @@ import torch
 from torch import Tensor
 
 from quant import atoms, twin
-from quant.recipe import CHOICES, RECIPES, SHAPES, Recipe, Shape
+from quant.recipe import RECIPES, SHAPES, Recipe, Shape
 from reference.layer import STAGES, LayerResult, moe_layer
 from tests import tiny
 from tests.bit_patterns import assert_same
 from tests.cases import Case
-from tests.inputs import Inputs, make
+from tests.inputs import make
 
 SMALL = Shape("small", hidden=256, intermediate=128, experts=8, topk=3)
 
@@ -39,14 +40,6 @@ def digest(tensors: list[Tensor]) -> str:
     for tensor in tensors:
         whole.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
     return whole.hexdigest()
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # --- by hand ----------------------------------------------------------------------------------------------------------
@@ -128,7 +121,7 @@ def test_trace_of_the_layer_by_hand() -> None:
     }
 
 
-# --- two arithmetics, one and two threads -----------------------------------------------------------------------------
+# --- two arithmetics --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -146,20 +139,13 @@ def test_gpu_equals_cpu_in_every_stage(name: str) -> None:
     assert_same_trace(on_gpu, run(case))
 
 
-def test_one_and_two_threads_give_the_same_bits(one_thread: None) -> None:
-    case = Case(SHAPES["smoke"], (9, 4), masked=30)
-    alone = run(case)
-    torch.set_num_threads(2)
-    assert_same_trace(run(case), alone)
-
-
 def test_repeated_calls_give_the_same_bits() -> None:
     case = Case(SMALL, (5, 3))
     assert_same_trace(run(case), run(case))
     assert moe_layer(case.recipe, *make(case).arguments()).trace is None
 
 
-# --- masks, idle ranks, nothing at all --------------------------------------------------------------------------------
+# --- masks, nothing at all --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -178,23 +164,6 @@ def test_no_token_anywhere() -> None:
     result = run(Case(SMALL, (0, 0)))
     assert [tuple(y.shape) for y in result.y] == [(0, 256)] * 2
     assert [s.tolist() for s in result.stats] == [[0] * 4] * 2
-
-
-def test_idle_ranks_change_nothing() -> None:
-    """The tokens of rank 1 alone, and beside ranks that bring none."""
-    busy = make(Case(SMALL, (0, 5, 0, 0)))
-    alone = Inputs(*([part[1]] for part in (busy.x, busy.x_sf, busy.topk_idx, busy.topk_weights)), busy.weights)
-    with_idle = moe_layer(Recipe(), *busy.arguments(), experts=8)
-    assert_same(with_idle.y[1], moe_layer(Recipe(), *alone.arguments(), experts=8).y[0])
-
-
-def test_a_masked_slot_has_no_say() -> None:
-    """Its weight may be anything, NaN included, and the token's other slots keep their bits."""
-    made = make(Case(SMALL, (6,)))
-    made.topk_idx[0][:, 1] = -1
-    first = moe_layer(Recipe(), *made.arguments(), experts=8)
-    made.topk_weights[0][:, 1] = torch.nan
-    assert_same(moe_layer(Recipe(), *made.arguments(), experts=8).y[0], first.y[0])
 
 
 def test_a_duplicate_expert_counts_twice() -> None:
@@ -285,49 +254,6 @@ def test_a_clamp_drops_nan() -> None:
     assert_same(result.trace["l2_acts"], atoms.encode_e4m3(v * 64).expand(1, 128))
 
 
-# --- invariances ------------------------------------------------------------------------------------------------------
-
-
-def regrouped(made: Inputs, sizes: tuple[int, ...]) -> Inputs:
-    """The same tokens in the same order, on other ranks."""
-    parts = (made.x, made.x_sf, made.topk_idx, made.topk_weights)
-    return Inputs(*(list(torch.cat(part).split(list(sizes))) for part in parts), made.weights)
-
-
-@pytest.mark.parametrize(
-    "sizes", [(11,), (5, 6), (4, 0, 7, 0), (1, 2, 1, 2, 1, 2, 1, 1)], ids=["ep1", "ep2", "ep4", "ep8"]
-)
-def test_ep_degree_does_not_change_y(sizes: tuple[int, ...]) -> None:
-    made = make(Case(SMALL, (11,), masked=30))
-    whole = moe_layer(Recipe(), *made.arguments(), experts=8)
-    spread = moe_layer(Recipe(), *regrouped(made, sizes).arguments(), experts=8)
-    assert [len(y) for y in spread.y] == list(sizes)
-    assert_same(torch.cat(spread.y), whole.y[0])
-    assert_same(torch.cat(spread.stats), whole.stats[0])
-
-
-@pytest.mark.parametrize("name", ["default", "unfused", "weight_in_combine"])
-def test_batch_split_does_not_change_y(name: str) -> None:
-    made = make(Case(SMALL, (9,), RECIPES[name], masked=30))
-    whole = moe_layer(RECIPES[name], *made.arguments(), experts=8).y[0]
-    for split in ((1,) * 9, (4, 5), (8, 1)):
-        batches = regrouped(made, split)
-        y = [
-            moe_layer(RECIPES[name], [x], [x_sf], [idx], [w], made.weights, experts=8).y[0]
-            for x, x_sf, idx, w in zip(batches.x, batches.x_sf, batches.topk_idx, batches.topk_weights, strict=True)
-        ]
-        assert_same(torch.cat(y), whole)
-
-
-def test_order_of_the_tokens_does_not_change_a_token() -> None:
-    made = make(Case(SMALL, (9,)))
-    order = torch.tensor([3, 1, 8, 0, 7, 2, 6, 5, 4])
-    parts = (made.x, made.x_sf, made.topk_idx, made.topk_weights)
-    shuffled = Inputs(*([part[0][order]] for part in parts), made.weights)
-    y = moe_layer(Recipe(), *made.arguments(), experts=8).y[0]
-    assert_same(moe_layer(Recipe(), *shuffled.arguments(), experts=8).y[0], y[order])
-
-
 def test_slots_add_up_in_ascending_k() -> None:
     """1 + 2^-24 + 2^-24 in fp32: from the left the small ones are lost, together first they count."""
     case = tiny.layer([[[0, 0, 0]], [[0, 0, 0]]], [[[1.0, 2.0**-24, 2.0**-24]], [[2.0**-24, 2.0**-24, 1.0]]])
@@ -336,72 +262,6 @@ def test_slots_add_up_in_ascending_k() -> None:
     slots = atoms.decode_bf16(result.trace["slots"]).reshape(2, 3, 128)[:, :, tiny.SENTINEL - 1]
     left, right = ((s[0] + s[1]) + s[2] for s in slots)
     assert (float(left), float(right)) == (64.0, 64.0 + 2.0**-17)
-
-
-# --- no dead field ----------------------------------------------------------------------------------------------------
-
-FIRST_STAGE: dict[tuple[str, Any], str] = {
-    ("clamp", None): "l2_acts",
-    ("clamp", 1.0): "l2_acts",
-    ("silu", "precise"): "l2_acts",
-    ("activation_scale", "fp32"): "l2_acts",
-    ("activation_granularity", 128): "l2_acts",
-    ("l1_rounding", "bf16"): "l2_acts",
-    ("weight_fold", "in_combine"): "l2_acts",
-    ("zero_group", "public"): "l2_acts_sf",
-}
-"""The first stage that each flip of a field of the default recipe changes."""
-
-
-def first_difference(one: LayerResult, other: LayerResult) -> str | None:
-    assert one.trace is not None
-    assert other.trace is not None
-    for stage in STAGES:
-        a, b = one.trace[stage], other.trace[stage]
-        if a.shape != b.shape or not torch.equal(a.view(torch.uint8), b.view(torch.uint8)):
-            return stage
-    return None
-
-
-def inputs_for(field: str) -> Inputs:
-    """The mixed family; for silu one gate of -88 for all columns, where fast mode gives -0 and precise a number."""
-    if field != "silu":
-        return make(Case(SHAPES["smoke"], (8, 4)))
-    layer = tiny.layer([[[0]]], [[[1.0]]], lambda e: tiny.expert(e, gate=-88.0))
-    return Inputs(*layer.arguments())
-
-
-def test_the_table_of_flips_is_whole() -> None:
-    flips = {(name, value) for name, (built, _) in CHOICES.items() for value in built[1:]}
-    assert flips | {("clamp", None), ("clamp", 1.0)} == set(FIRST_STAGE)
-    single = {name for name, (built, _) in CHOICES.items() if len(built) == 1}
-    assert single == {"accumulation", "combine_payload", "weight_format", "dispatch_payload"}
-    assert {field.name for field in dataclasses.fields(Recipe)} == single | {name for name, _ in FIRST_STAGE}
-
-
-@pytest.mark.parametrize(("field", "value"), FIRST_STAGE, ids=[f"{name}-{value}" for name, value in FIRST_STAGE])
-def test_every_field_is_alive(field: str, value: Any) -> None:
-    made = inputs_for(field)
-    experts = 16 if field != "silu" else 1
-    ours, flipped = (
-        moe_layer(recipe, *made.arguments(), experts=experts, trace=True)
-        for recipe in (Recipe(), Recipe().replace(**{field: value}))
-    )
-    assert first_difference(ours, flipped) == FIRST_STAGE[field, value]
-
-
-def test_the_public_zero_rule_never_reaches_y() -> None:
-    made = inputs_for("zero_group")
-    ours, public = (
-        moe_layer(RECIPES[name], *made.arguments(), experts=16, trace=True) for name in ("default", "pr323_small")
-    )
-    assert ours.trace is not None
-    assert public.trace is not None
-    changed = ours.trace["l2_acts_sf"] != public.trace["l2_acts_sf"]
-    assert int(changed.sum()) > 0
-    assert set(public.trace["l2_acts_sf"][changed].tolist()) == {0.0}
-    for stage in ("l2_acts", "slots", "y"):
-        assert_same(public.trace[stage], ours.trace[stage])
 
 
 def test_the_layer_runs_on_the_compiled_twin_by_default(monkeypatch: pytest.MonkeyPatch) -> None:

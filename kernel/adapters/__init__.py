@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from tests.cases import Case
     from tests.inputs import Inputs
 
-DEFAULT = "kernel.adapters.reference:make"
-"""The reference itself, computed by ranks that see only their own tensors."""
+DEFAULT = "kernel.adapters:default"
+"""Our kernel where there is a GPU for it, else the reference as ranks."""
 WORLDS = ("virtual", "gloo", "processes")
 """How ranks run: all in one process or launch; one process each over gloo; one process and one GPU each."""
 METHODS = ("claims", "prepare", "launch", "stages", "y", "stats", "close")
@@ -82,6 +82,19 @@ class Adapter(Protocol):
     def close(self) -> None:
         """Gives back what it holds; nothing is called afterwards."""
         ...
+
+
+def default() -> Adapter:
+    """Our own kernel on an SM90 GPU; without one the reference itself, by ranks that see only their own tensors."""
+    from kernel.adapters import megaproof, reference
+    from kernel.build import EnvironmentMissing
+    from kernel.launch import require_device
+
+    try:
+        require_device()
+    except EnvironmentMissing:
+        return reference.make()
+    return megaproof.make()
 
 
 def load(spec: str) -> Callable[[], Adapter]:

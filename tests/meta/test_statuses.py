@@ -49,6 +49,26 @@ FAILS = """
     def test_setup(broken):
         pass
 """
+TIERS = """
+    import dataclasses
+    import pytest
+    from quant.recipe import Recipe
+
+    @dataclasses.dataclass(frozen=True)
+    class Case:
+        ranks: int
+        seed: int = 0
+        tier: str = "cpu"
+        recipe: Recipe = Recipe()
+
+        @property
+        def id(self):
+            return f"tiny-r{self.ranks}"
+
+    @pytest.mark.parametrize("case", [Case(1), Case(2, tier="gpu")], ids=lambda case: case.id)
+    def test_case(case):
+        print(f"recipe of r{case.ranks} is {case.recipe.silu}")
+"""
 GPU = """
     import pytest
 
@@ -130,7 +150,11 @@ def test_seed_is_added_to_every_case(tmp_path: Path) -> None:
 
 
 def test_a_bad_option_is_a_usage_error(tmp_path: Path) -> None:
-    values = {"--ranks": ["", "8,", "0", "73", "-1", "1.5", "\u0661"], "--seed": ["", "-1", "x", "1e3", str(2**64)]}
+    values = {
+        "--ranks": ["", "8,", "0", "73", "-1", "1.5", "\u0661"],
+        "--seed": ["", "-1", "x", "1e3", str(2**64)],
+        "--recipe": ["", "Default", "no such"],
+    }
     for option, bad in values.items():
         arguments = [f"{option}={value}" for value in bad]
         every = f"import pytest; print([int(pytest.main(['-p', 'conftest', a])) for a in {arguments!r}])"
@@ -162,6 +186,64 @@ def test_require_gpu_fails_a_case_that_runs_without_one(tmp_path: Path) -> None:
     run = pytest_run(tmp_path, CASES, "--require-gpu", "--ranks", "8")
     assert run.returncode == 1, run.stdout
     assert "a case without a GPU under --require-gpu: needs a GPU" in run.stdout
+
+
+def test_recipe_replaces_that_of_every_case(tmp_path: Path) -> None:
+    run = pytest_run(tmp_path, TIERS, "--recipe", "precise", "-k", "r1", "-s")
+    assert run.returncode == 0, run.stdout
+    assert "recipe of r1 is precise" in run.stdout
+
+
+def test_gpu_cases_are_skipped_and_counted(tmp_path: Path) -> None:
+    run = pytest_run(tmp_path, TIERS)
+    assert run.returncode == 0, run.stdout
+    assert "2 cases, 1 of tier cpu and 1 of tier gpu" in run.stdout
+    assert "1 passed, 1 skipped" in run.stdout
+    assert "      1  needs a GPU" in f"  {run.stdout}".replace("\n", "\n  ")
+    run = pytest_run(tmp_path, TIERS, "--require-gpu")
+    assert run.returncode == 1, run.stdout
+    assert "skipped under --require-gpu: needs a GPU" in run.stdout
+
+
+def test_what_a_kernel_does_not_claim_is_no_missing_gpu(tmp_path: Path) -> None:
+    source = """
+        import pytest
+
+        @pytest.mark.gpu
+        @pytest.mark.skipif(True, reason="not claimed by tiny: recipe field silu")
+        def test_kernel():
+            pass
+
+        def test_other():
+            pass
+    """
+    run = pytest_run(tmp_path, source, "--require-gpu")
+    assert run.returncode == 0, run.stdout
+    assert _count(run.stdout, "not claimed by tiny: recipe field silu") == 1
+
+
+def test_a_kernel_of_which_nothing_was_proven_is_not_green(tmp_path: Path) -> None:
+    kernel = "kernel.adapters.reference:ReferenceAdapter"
+    run = pytest_run(tmp_path, CASES, "--kernel", kernel, header=True)
+    assert run.returncode == 5, run.stdout
+    assert f"No proof of --kernel {kernel} ran, so nothing is proven" in run.stdout
+    assert f"kernel {kernel}" in run.stdout
+    proven = "def test_kernel(record_property): record_property('kernel', 'tiny')\n"
+    assert pytest_run(tmp_path, proven, "--kernel", kernel).returncode == 0
+
+
+def test_processes_need_a_gpu_each(tmp_path: Path) -> None:
+    run = pytest_run(tmp_path, CASES, "--world", "processes", "--ranks", "4")
+    assert run.returncode == 3, run.stdout
+    assert "--world processes with 4 ranks needs 4 GPUs, found 0" in run.stdout + run.stderr
+
+
+def test_the_line_names_every_option_that_steers_a_case(tmp_path: Path) -> None:
+    options = ["--recipe", "precise", "--world", "gloo", "--kernel", "kernel.adapters.reference:ReferenceAdapter"]
+    run = pytest_run(tmp_path, TIERS.replace("print(", "raise AssertionError("), "-k", "r1", *options)
+    assert run.returncode == 1, run.stdout
+    (line,) = [line for line in run.stdout.splitlines() if " -m pytest " in line]
+    assert shlex.split(line)[4:] == ["--ranks", "1", "--seed", "0", *options]
 
 
 def test_a_failure_ends_with_a_line_that_reproduces_it(tmp_path: Path) -> None:
@@ -205,7 +287,8 @@ def test_without_torch_one_sentence_and_status_3(tmp_path: Path) -> None:
 def test_the_header_says_what_decides_the_result(tmp_path: Path) -> None:
     run = pytest_run(tmp_path, CASES, "--ranks", "8,1", "--seed", "5", header=True)
     assert run.returncode == 0, run.stdout
-    assert "megaproof: ranks 1,8, seed 5, require-gpu no" in run.stdout
+    options = "ranks 1,8, seed 5, recipe of each case, world virtual, kernel kernel.adapters:default, require-gpu no"
+    assert f"megaproof: {options}" in run.stdout
     for start in ("python 3.", "device cpu (needs a GPU", "arithmetic ", "silicon goldens of "):
         assert f"megaproof: {start}" in run.stdout, run.stdout
 
@@ -216,6 +299,46 @@ def test_xdist_gives_the_same_verdict(tmp_path: Path, source: str, status: int) 
     run = pytest_run(tmp_path, source, "-n", "2")
     assert run.returncode == status, run.stdout
     assert run.stdout.count(" -m pytest ") == (2 if status == 1 else 0)
+
+
+@pytest.mark.skipif(not find_spec("xdist"), reason="pytest-xdist is not installed")
+def test_xdist_computes_each_case_once(tmp_path: Path) -> None:
+    """All proofs of a case run on one worker, and the line that reproduces a failure names the test as pytest does."""
+    source = """
+        import os
+        import pathlib
+        import dataclasses
+        import pytest
+
+        @dataclasses.dataclass(frozen=True)
+        class Case:
+            ranks: int
+            seed: int = 0
+            tier: str = "cpu"
+
+            @property
+            def id(self):
+                return f"tiny-r{self.ranks}"
+
+        @pytest.fixture(scope="module")
+        def run(case):
+            with pathlib.Path(__file__).with_name("computed").open("a") as log:
+                log.write(f"{case.id} {os.getpid()}\\n")
+
+        @pytest.mark.parametrize("case", [Case(n) for n in range(1, 7)], ids=lambda case: case.id, scope="module")
+        class TestCase:
+            def test_one(self, run): pass
+            def test_two(self, run): pass
+            def test_three(self, run, case): assert case.ranks < 6
+    """
+    run = pytest_run(tmp_path, source, "-n", "2")
+    assert run.returncode == 1, run.stdout
+    assert "1 failed, 17 passed" in run.stdout
+    computed = [line.split() for line in (tmp_path / "computed").read_text().splitlines()]
+    assert sorted(case for case, _ in computed) == [f"tiny-r{n}" for n in range(1, 7)]
+    assert len({worker for _, worker in computed}) == 2
+    (line,) = [line for line in run.stdout.splitlines() if " -m pytest " in line]
+    assert shlex.split(line)[3] == "test_tiny.py::TestCase::test_three[tiny-r6]"
 
 
 def test_examples_are_the_same_in_every_run(tmp_path: Path) -> None:

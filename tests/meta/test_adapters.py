@@ -1,0 +1,85 @@
+"""`--kernel module:factory`: what is no adapter is refused in one sentence that says why."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernel import adapters
+from kernel.adapters.megaproof import MegaproofAdapter
+from kernel.adapters.reference import ReferenceAdapter
+from tests.meta.runs import ROOT, environment
+
+BAD = {
+    "": "not of the form module:factory",
+    "a.module": "not of the form module:factory",
+    ":make": "not of the form module:factory",
+    "a.module:": "not of the form module:factory",
+    "no_such_module:make": "module no_such_module can't be imported: No module named 'no_such_module'",
+    "kernel.adapters.reference:no_such": "module kernel.adapters.reference has no no_such",
+    "kernel.adapters:WORLDS": "WORLDS is a tuple, not a function",
+    "tests.meta.test_adapters:half": "returned a Half without prepare, launch, stages, y, stats, close",
+    "tests.meta.test_adapters:nameless": "returned a Nameless without name (a str)",
+}
+
+
+class Half:
+    name = "half an adapter"
+    y = None
+
+    def claims(self, recipe: object) -> None:
+        return None
+
+
+class Nameless(ReferenceAdapter):
+    name = None  # type: ignore[assignment]
+
+
+def half() -> Half:
+    return Half()
+
+
+def nameless() -> Nameless:
+    return Nameless()
+
+
+@pytest.mark.parametrize("spec", BAD)
+def test_what_is_no_adapter_is_named(spec: str) -> None:
+    with pytest.raises(adapters.AdapterError) as caught:
+        adapters.make(spec)
+    assert BAD[spec] in str(caught.value)
+    assert repr(spec) in str(caught.value)
+
+
+def test_a_module_that_fails_shows_its_own_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only an import error is about --kernel; anything else is the module's own and keeps its traceback."""
+    (tmp_path / "failing_adapter.py").write_text("raise RuntimeError('no driver')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(RuntimeError, match="no driver"):
+        adapters.make("failing_adapter:make")
+
+
+def test_the_default_is_an_adapter() -> None:
+    adapter = adapters.make(adapters.DEFAULT)
+    assert isinstance(adapter, MegaproofAdapter if torch.cuda.is_available() else ReferenceAdapter)
+    assert set(adapter.worlds) <= set(adapters.WORLDS)
+    adapter.close()
+
+
+def test_conftest_knows_the_same_default_and_worlds() -> None:
+    """It can't import them: torch is slow to start."""
+    text = (ROOT / "conftest.py").read_text()
+    assert f'DEFAULT_KERNEL = "{adapters.DEFAULT}"' in text
+    assert "choices=(" + ", ".join(f'"{world}"' for world in adapters.WORLDS) + ")" in text
+
+
+def test_pytest_refuses_it_at_the_start() -> None:
+    command = [sys.executable, "-m", "pytest", "--no-header", "--kernel", "no_such_module:make", "tests/test_cases.py"]
+    run = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+    assert run.returncode == pytest.ExitCode.USAGE_ERROR
+    assert "module no_such_module can't be imported" in run.stderr
+    assert "Traceback" not in run.stderr
