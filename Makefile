@@ -26,8 +26,9 @@ help:  ## this list
 gate:  ## the gate: every dsv4_flash case at 8 ranks
 	@$(with_python); set -x; "$$python" -m pytest -k dsv4_flash --ranks 8 $(PYTEST_ARGS)
 
-test:  ## formatting, lint and the whole suite
-	@$(with_python); $(call with_ruff,$(check)); set -x; "$$python" -m pytest $(PYTEST_ARGS)
+test:  ## formatting, lint and the whole suite, on two workers where pytest-xdist is installed
+	@$(with_python); $(call with_ruff,$(check)); workers=$$("$$python" -c 'import xdist' 2>/dev/null && echo "-n 2" || true); \
+	set -x; "$$python" -m pytest $$workers $(PYTEST_ARGS)
 
 lint:  ## formatting and lint, checked only
 	@$(with_python); $(call with_ruff,$(check))

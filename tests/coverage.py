@@ -6,6 +6,7 @@ rows, with the compiled twin; steps of the tensor core by the readable atoms aga
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -25,8 +26,8 @@ from tests.inputs import Inputs
 
 AMAX_EDGE = 0x600000
 """Mantissa of 448 * 2^j, the largest amax of a scale factor."""
-STEP_COLUMNS = 48
-"""Outputs whose tensor-core steps are counted, in each sampled expert."""
+STEP_ROWS, STEP_COLUMNS = 12, 24
+"""Rows and columns of GEMM 1 whose tensor-core steps are counted, in each sampled expert."""
 
 
 SAMPLED_ROWS = 512
@@ -71,21 +72,22 @@ def assert_coverage(case: Case, made: Inputs, floors: dict[str, float], **sample
 
 
 def measure(case: Case, made: Inputs, slots: Tensor | None = None, experts: int = 4) -> Coverage:
-    """Counts of a case. slots: that stage of its trace, to count ties of y too; experts: how many are sampled."""
+    """Counts of a case. slots: that stage of its trace, to count y too; experts: how many are sampled, at most E."""
     coverage, where = Coverage(), dispatch.routes(made.topk_idx)
     weight = torch.cat(made.topk_weights)[where.row, where.slot]
-    count_operands(coverage, "x", torch.cat(made.x), torch.cat(made.x_sf))
+    for x, x_sf in zip(made.x, made.x_sf, strict=True):
+        count_operands(coverage, "x", x, x_sf)
     count_routing(coverage, where, weight)
     acts, acts_sf = dispatch.pull(made.x, made.x_sf, where)
     received = torch.bincount(where.expert, minlength=case.shape.experts)
-    for e in received.argsort(descending=True, stable=True)[:experts].tolist():
+    for e in _busiest(received, experts):
         rows, (w1, w1_sf, w2, w2_sf) = where.of_expert(e), made.weights(e)
         for name, codes, sf in (("w1", w1, w1_sf), ("w2", w2, w2_sf)):
             count_operands(coverage, name, codes[:: max(1, len(codes) // SAMPLED_ROWS)], sf)
         if len(rows):
             q, q_sf = count_activation(coverage, case, (acts[rows], acts_sf[rows], w1, w1_sf), weight[rows])
             columns = torch.arange(STEP_COLUMNS) * (2 * case.shape.intermediate // STEP_COLUMNS)
-            count_steps(coverage, acts[rows][:16], w1[columns])
+            count_steps(coverage, acts[rows][:STEP_ROWS], w1[columns])
             out = gemm.l2(case.recipe, q, q_sf, w2, w2_sf, arith(q.device))
             coverage.add("slot tie", f32_bits(out) & 0xFFFF == 0x8000)
             coverage.add("slot tie to even, up", f32_bits(out) & 0x1FFFF == 0x18000)
@@ -94,6 +96,11 @@ def measure(case: Case, made: Inputs, slots: Tensor | None = None, experts: int 
     if slots is not None:
         count_y(coverage, case, slots, where, weight)
     return coverage
+
+
+def _busiest(received: Tensor, count: int) -> list[int]:
+    """The expert with most rows of each residue modulo `count`: families make experts of different kinds in turn."""
+    return [int(received[kind::count].argmax()) * count + kind for kind in range(count)]
 
 
 # --- operands ---------------------------------------------------------------------------------------------------------
@@ -184,14 +191,13 @@ def count_ties(coverage: Coverage, scaled: Tensor) -> None:
 
 def count_steps(coverage: Coverage, a: Tensor, b: Tensor) -> None:
     """k32 steps of GEMM 1, a uint8 [m, K], b uint8 [n, K], each against its exact sum, which float64 holds."""
-    acc: Tensor | None = None
+    a, b = (t.unflatten(1, (-1, BLOCK)).transpose(0, 1) for t in (a, b))  # [K/128, m | n, 128], a chain each
     wide_a, wide_b = (atoms.decode_e4m3(t).double() for t in (a, b))
-    for k in range(0, a.shape[1], 32):
-        if k % BLOCK == 0:
-            acc = torch.zeros(len(a), len(b), dtype=torch.float32, device=a.device)
-        columns = slice(k, k + 32)
-        exact = wide_a[:, columns] @ wide_b[:, columns].t() + acc
-        acc = atoms.wgmma_e4m3(a[:, columns], b[:, columns], acc)
+    acc = torch.zeros(len(a), a.shape[1], b.shape[1], dtype=torch.float32, device=a.device)
+    for k in range(0, BLOCK, atoms.K_STEP):
+        step = slice(k, k + atoms.K_STEP)
+        exact = wide_a[..., step] @ wide_b[..., step].transpose(1, 2) + acc
+        acc = atoms.wgmma_e4m3(a[..., step], b[..., step], acc)
         coverage.add("step with a cut", acc.double() != exact)
         coverage.add("step that keeps nothing", (acc == 0) & (exact != 0))
         coverage.add("step whose sum is exactly 0", exact == 0)
@@ -205,3 +211,9 @@ def count_y(coverage: Coverage, case: Case, slots: Tensor, where: Routes, weight
     coverage.add("y tie", f32_bits(y) & 0xFFFF == 0x8000)
     coverage.add("y subnormal", (y != 0) & (y.abs() < float(pow2(torch.tensor(-126)))))
     coverage.add("y not finite", ~torch.isfinite(y))
+    if case.recipe.weight_fold == "before_quantisation":
+        by_slot = y.new_zeros(case.shape.topk, *y.shape)
+        by_slot[where.slot, where.row] = atoms.decode_bf16(slots)
+        backwards = functools.reduce(torch.add, by_slot.flip(0), torch.zeros_like(y))
+        rounded, other = (atoms.encode_bf16(t).view(torch.int16) for t in (y, backwards))
+        coverage.add("y of the slots backwards", rounded != other)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from reference.layer import STAGES, LayerResult, moe_layer
 from tests.bit_patterns import assert_same
 from tests.cases import GATE, Case
 from tests.inputs import FAMILIES, Inputs, make
+from tests.threads import threads
 
 SMOKE = SHAPES["smoke"]
 
@@ -38,6 +40,12 @@ EXCEPT: dict[str, dict[tuple[str, Any], str | None]] = {
     "position": {SILU: None, L1: None, ZERO: None, ("weight_fold", "in_combine"): "l2_acts_sf"},
 }
 """Where a family shows a flip in another stage, or (None) in no stage at all."""
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    with threads(1):
+        yield
 
 
 def first_difference(one: LayerResult, other: LayerResult) -> str | None:
