@@ -77,7 +77,7 @@ GATE = (
     _flash(8),
     _flash(4, silu="precise", routing="zipf"),
     _flash(2, clamp=None, routing="one_hot"),
-    _flash(2, clamp=None, silu="precise", masked=30),
+    _flash(2, clamp=None, silu="precise", masked=30, family="adversarial"),
     _flash((9, 0, 1, 7, 3, 0, 2, 5), clamp=1.0, routing="zipf", masked=30),
     _flash((16, 0, 0, 0, 0, 0, 0, 0), clamp=0.5, silu="precise", routing="one_rank"),
     _flash((1, 1, 1, 1, 1, 1, 1, 0), clamp=10.0, routing="few_experts", masked=70),
