@@ -243,11 +243,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Item]) -> list[str]:
     on_cases = [item for item in items if _case(item)]
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
-    cases = {item.callspec.id for item in on_cases}
-    cases_on_gpu = {item.callspec.id for item in on_gpu if _case(item)}
+    found = {
+        (getattr(case, "id", ""), case.ranks): getattr(case, "tier", "cpu") for case in map(_case, on_cases) if case
+    }
+    tiers = Counter(found.values())
     return [
         f"megaproof: {len(items)} tests selected, {len(on_cases)} of them on cases; {len(on_gpu)} need a GPU",
-        f"megaproof: {len(cases)} cases, {len(cases - cases_on_gpu)} of tier cpu and {len(cases_on_gpu)} of tier gpu",
+        f"megaproof: {tiers.total()} cases, {tiers['cpu']} of tier cpu and {tiers['gpu']} of tier gpu",
     ]
 
 
@@ -261,17 +263,17 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 # ---- Verdicts --------------------------------------------------------------------------------------------------------
 
 
-def _python() -> str:
-    """The shortest name by which a shell in the checkout finds the running interpreter."""
+def _python(root: Path) -> str:
+    """The shortest name by which a shell in `root` finds the running interpreter."""
     executable = Path(sys.executable)
-    if executable.is_relative_to(ROOT):
+    if root == ROOT and executable.is_relative_to(ROOT):
         return str(executable.relative_to(ROOT))
     return next((name for name in ("python", "python3") if shutil.which(name) == sys.executable), sys.executable)
 
 
 def _reproduce(item: pytest.Item | pytest.Collector) -> str:
     option, case = item.config.option, _case(item) if isinstance(item, pytest.Item) else None
-    command = f"{shlex.quote(_python())} -m pytest {shlex.quote(item.nodeid)}"
+    command = f"{shlex.quote(_python(item.config.rootpath))} -m pytest {shlex.quote(item.nodeid)}"
     if item.config.invocation_params.dir != item.config.rootpath:
         command = f"cd {shlex.quote(str(item.config.rootpath))} && {command}"
     if case:

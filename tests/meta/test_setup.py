@@ -184,5 +184,7 @@ def test_the_two_commands() -> None:
         assert command in readme, f"README.md does not show `{command}`"
     assert "-m pytest -k dsv4_flash --ranks 8" in recipe_of("gate")
     assert "$(check)" in recipe_of("test")
-    assert re.search(r"-m pytest \$\(PYTEST_ARGS\)$", recipe_of("test"), re.MULTILINE), "make test selects tests"
+    assert re.search(r"-m pytest (\$\$workers )?\$\(PYTEST_ARGS\)$", recipe_of("test"), re.MULTILINE), (
+        "make test selects tests"
+    )
     assert "exec make test" in (ROOT / ".ci" / "run").read_text()

@@ -1,0 +1,42 @@
+"""Figures of the README that the repository can check by itself: counts of cases, goldens, captures and vectors."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from golden import silicon, store
+from quant.recipe import RECIPES, SHAPES
+from tests.cases import CASES
+from tests.meta.runs import ROOT
+
+README = (ROOT / "README.md").read_text()
+FLASH = [case for case in CASES if case.shape.name == "dsv4_flash" and case.ranks == 8]
+
+
+def test_counts_of_cases() -> None:
+    on_cpu = sum(case.tier == "cpu" for case in FLASH)
+    assert f"all {len(FLASH)} dsv4_flash cases at 8\nranks" in README
+    assert f"{len(FLASH)} cases, {on_cpu} of tier cpu and {len(FLASH) - on_cpu} of tier gpu" in README
+    changes = (ROOT / "CHANGELOG.md").read_text()
+    assert f"{len(store.read_manifest())} cases of the layer" in changes
+    assert f"eleven full-size cases on a CPU, {len(FLASH)} on a GPU" in changes
+    assert on_cpu == 11
+
+
+@pytest.mark.parametrize("chip", ["H100", "H200"])
+def test_counts_of_the_captures(chip: str) -> None:
+    entry = silicon.entry(chip)
+    wgmma, fma = ([run["outputs"] for run in entry[kind].values()] for kind in ("wgmma", "fma"))
+    assert f"wgmma e4m3, {len(wgmma)} families | {wgmma[0]:,} a family, {sum(wgmma):,} in all | 0 |" in README
+    assert f"fma, {len(fma)} families | {fma[0]:,} a family, {sum(fma):,} in all | 0 |" in README
+    assert {run["outputs"] for run in entry["sweeps"].values()} == {1 << 32}
+    assert README.count(f"{1 << 32:,} (all inputs") == len(entry["sweeps"])
+    committed = sum(vector.bits.numel() for vector in silicon.vectors(chip))
+    assert f"{committed:,} of its outputs are committed" in README
+
+
+def test_presets_and_recipes_are_all_named() -> None:
+    for names in (SHAPES, RECIPES):
+        assert re.search(r":\s+" + r",\s+".join(names) + r"\.", README)
