@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +19,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from golden import tiles
+from golden.atomic import replace
 from quant import tables
 
 FOLDER = Path(__file__).resolve().parent / "silicon"
@@ -126,8 +125,8 @@ def publish(out_dir: Path, chip: str, section: dict[str, Any], files: dict[str, 
     content["chips"] = dict(sorted(content["chips"].items()))
     out_dir.mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
-        _write(out_dir / name, data)
-    _write(out_dir / "manifest.json", (json.dumps(content, indent=1) + "\n").encode())
+        replace(out_dir / name, data)
+    replace(out_dir / "manifest.json", (json.dumps(content, indent=1) + "\n").encode())
     named = {part["file"] for s in content["chips"].values() for part in (*s["tables"].values(), s["vectors"])}
     for path in out_dir.glob("*.safetensors"):
         if path.name not in named:
@@ -191,15 +190,3 @@ def _read(path: Path, sha256: str) -> dict[str, Tensor]:
     if file_digest(path) != sha256:
         raise SiliconError(f"golden/silicon/{path.name} is damaged: its sha256 is not the manifest's")
     return load_file(path)
-
-
-def _write(path: Path, data: bytes) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".capture-")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +21,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from golden.atomic import replace
 from quant.recipe import Recipe, RecipeError
 from reference.layer import STAGES
 from tests.cases import Case
@@ -159,19 +158,6 @@ def write(goldens: Mapping[str, Golden], keep: Iterable[str] = (), folder: Path 
 def read_manifest_or_none(folder: Path = FOLDER) -> dict[str, Any]:
     """The manifest, or an empty one where there is none yet. A damaged one is an error all the same."""
     return read_manifest(folder) if (folder / "manifest.json").exists() else {}
-
-
-def replace(path: Path, data: bytes) -> None:
-    """Writes beside and renames: a reader sees the old file or the new one, whole."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".golden-")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 # --- comparing --------------------------------------------------------------------------------------------------------
