@@ -188,6 +188,14 @@ def _with_includes(text: str, folder: Path, seen: set[Path], name: str = "text")
     return _INCLUDE.sub(replace, text.replace("#pragma once", ""))
 
 
+def sources_sha256() -> str:
+    """Digest of the kernel's sources, names and bytes: a measured result belongs to one value of it."""
+    digest = hashlib.sha256()
+    for path in sorted([*FOLDER.glob("*.cu"), *FOLDER.glob("*.cuh")]):
+        digest.update(f"{path.name}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
 def cache_folder() -> Path:
     """Where cubins are kept, readable by their owner alone."""
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

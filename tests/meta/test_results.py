@@ -1,0 +1,29 @@
+"""Measured results belong to the kernel sources they were measured on, and to the README that quotes them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from kernel.build import FOLDER, sources_sha256
+from tests.meta.runs import ROOT
+
+RESULTS = sorted((FOLDER / "results").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_a_result_is_of_these_sources(path: Path) -> None:
+    result = json.loads(path.read_text())
+    assert {"what", "device", "driver", "versions", "date", "rows"} <= set(result)
+    assert result["sources_sha256"] == sources_sha256(), f"{path.name} is stale: measure again, or delete it"
+
+
+def test_the_readme_quotes_the_results() -> None:
+    readme = (ROOT / "README.md").read_text()
+    rows = {path.stem: json.loads(path.read_text())["rows"] for path in RESULTS}
+    ours = " | ".join(f"{row['us']:.0f}" for row in rows["dsv4_flash_one_rank"])
+    assert f"| ours | {ours} |" in readme
+    best = {group: max(row["tflops"] for row in rows["dense"] if row["group"] == group) for group in (128, 64)}
+    assert f"reaches {best[128]:,} TFLOP/s at 8192^3 and per 64 {best[64]:,}" in readme
