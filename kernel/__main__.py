@@ -5,32 +5,78 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
-from typing import Annotated
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Annotated, Any
 
 import typer
 
-from kernel import api, dense, grouped, probe
-from kernel.build import BuildError, Built, EnvironmentMissing
+from kernel import api, dense, grouped, probe, sass
+from kernel.bench import bench_command
+from kernel.build import BuildError, Built, EnvironmentMissing, write_pins
+from kernel.config import TILES, Tile
 from quant import twin_gpu
 
-TARGETS: dict[str, Callable[[], Built]] = {
-    "probes": probe.compile_probes,
-    "twin": twin_gpu.compile_twin,
-    "dense": dense.compile_dense,
-    "grouped": grouped.compile_grouped,
-    "moe": api.compile_moe,
+
+@dataclass(frozen=True)
+class Target:
+    """A cubin, and what is expected of its kernels."""
+
+    compile: Callable[[], Built]
+    shared: Callable[[str], int | None] = lambda entry: None
+    """Dynamic shared memory of a kernel; the sources assert that it is sizeof of their storage."""
+    gemm: tuple[str, ...] = ()
+    """How the names of kernels on the tensor core begin. The twin predicts it and must not use it; sweeps need none."""
+    roles: bool = False
+    """Whether its warpgroups share out registers (setmaxnreg)."""
+
+
+def _moe(tile: Tile) -> Target:
+    return Target(partial(api.compile_moe, tile), lambda entry: tile.shared_bytes(), ("moe_",), True)
+
+
+TARGETS: dict[str, Target] = {
+    "probes": Target(probe.compile_probes, gemm=("wgmma_",)),
+    "twin": Target(twin_gpu.compile_twin),
+    "dense": Target(
+        dense.compile_dense, lambda entry: dense.shared_bytes(int(entry.removeprefix("dense_"))), ("dense_",), True
+    ),
+    "grouped": Target(grouped.compile_grouped, lambda entry: dense.shared_bytes(grouped.GROUP), ("grouped_",), True),
+    **{f"moe_{tile.block_m}x{tile.stages}": _moe(tile) for tile in TILES},
 }
+"""A tile of the fused kernel is a cubin; the number of SMs is a run-time value, so one serves every chip."""
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+app.command("bench")(bench_command)
 
 
 @app.callback()
 def commands() -> None:
-    """The machine: CUDA sources, compiled and gated without a GPU.
+    """The machine: CUDA sources, compiled and gated without a GPU; and their kernel time on one.
 
     Exit status: 0 passed, 1 the gate fails, 2 usage, 3 environment.
     """
+
+
+def examine(name: str, built: Built) -> tuple[list[dict[str, Any]], list[str]]:
+    """(the configurations of a compiled target as JSON, what the gate refuses in them); SASS where nvdisasm is."""
+    target = TARGETS[name]
+    try:
+        figures = sass.disassemble(built.cubin)
+    except EnvironmentMissing:
+        figures = None
+    rows, faults = [], []
+    for entry, report in built.report.entries.items():
+        row: dict[str, Any] = {"target": name, "entry": entry, **asdict(report), "shared_dynamic": target.shared(entry)}
+        row |= {"registers_by_role": None, "threads_by_role": None, "qgmma": None}
+        if figures is not None:
+            found = figures[entry]
+            gemm = entry.startswith(target.gemm)
+            faults += sass.faults(entry, report, found, gemm, target.roles, row["shared_dynamic"])
+            row |= {"registers_by_role": found.registers_by_role() or None, "qgmma": found.qgmma}
+            row["threads_by_role"] = sass.THREADS_BY_ROLE if target.roles else None
+        rows.append(row | {"sha256": built.sha256, "nvrtc": built.nvrtc})
+    return rows, faults
 
 
 @app.command("build")
@@ -38,33 +84,69 @@ def build_command(
     targets: Annotated[list[str] | None, typer.Argument(help=f"Targets: {', '.join(TARGETS)}.")] = None,
     every: Annotated[bool, typer.Option("--all", help="Every target.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")] = False,
+    pin: Annotated[bool, typer.Option("--pin", help="With --all: writes the digests to cubins.json.")] = False,
 ) -> None:
-    """Compiles targets to sm_90a cubins and gates them: no spill, no stack, no C75xx message."""
+    """Compiles targets to sm_90a cubins and gates them.
+
+    Refused: a spill, stack, a C75xx message, local memory, roles with more registers than a block has,
+    more shared memory than there is, no QGMMA where a GEMM is.
+    """
     names = list(TARGETS) if every else targets or []
     unknown = [name for name in names if name not in TARGETS]
     if unknown or not names:
         raise typer.BadParameter(f"{', '.join(unknown) or 'no target'}: name one of {', '.join(TARGETS)}, or --all")
-    results, status = {}, 0
+    if pin and not every:
+        raise typer.BadParameter("--pin goes with --all: all digests are of the same sources")
+    try:
+        checked = f"nvdisasm {sass.disassembler()[1]}"
+    except EnvironmentMissing as error:
+        if pin:
+            print(f"environment: only what passed the whole gate is pinned; {error}", file=sys.stderr)
+            raise typer.Exit(3) from error
+        checked = f"not checked: {error}"
+    digests: dict[str, str] = {}
+    configurations: list[dict[str, Any]] = []
+    failed: dict[str, str] = {}
     for name in names:
         try:
-            built = TARGETS[name]()
+            built = TARGETS[name].compile()
+            rows, faults = examine(name, built)
+            configurations += rows
+            if faults:
+                raise BuildError("compile gate: " + "; ".join(faults))
         except EnvironmentMissing as error:
             print(f"environment: {error}", file=sys.stderr)
             raise typer.Exit(3) from error
         except BuildError as error:
             print(f"{name}: {error}", file=sys.stderr)
-            results[name], status = {"error": str(error)}, 1
+            failed[name] = str(error)
             continue
-        entries = {entry: asdict(figures) for entry, figures in built.report.entries.items()}
-        results[name] = {"sha256": built.sha256, "nvrtc": built.nvrtc, "entries": entries}
+        digests[name] = built.sha256
         if not as_json:
             print(f"{name}: cubin {built.sha256[:16]}, {len(built.cubin)} bytes, NVRTC {built.nvrtc}, gate passed")
-            for entry, figures in built.report.entries.items():
-                spills = figures.spill_stores + figures.spill_loads
-                print(f"  {entry:20} {figures.registers:3} registers, {figures.stack} stack, {spills} spills")
+            for row in rows:
+                print(_line(row))
+    if pin and not failed:
+        try:
+            write_pins(digests)
+        except BuildError as error:
+            failed["pin"] = str(error)
+            print(f"pin: {error}", file=sys.stderr)
     if as_json:
-        print(json.dumps(results, indent=2))
-    raise typer.Exit(status)
+        print(json.dumps({"sass": checked, "configurations": configurations, "failed": failed}, indent=2))
+    else:
+        print(f"SASS: {checked}")
+    raise typer.Exit(bool(failed))
+
+
+def _line(row: dict[str, Any]) -> str:
+    parts = [f"{row['registers']:3} registers"]
+    if roles := row["registers_by_role"]:
+        parts[0] += f" ({', '.join(f'{role} {count}' for role, count in roles.items())})"
+    parts += [f"{row['stack']} stack", f"{row['spill_stores'] + row['spill_loads']} spills"]
+    parts += [f"{row['shared_dynamic']} bytes shared"] if row["shared_dynamic"] is not None else []
+    parts += [f"{row['qgmma']} QGMMA"] if row["qgmma"] else []
+    return f"  {row['entry']:20} {', '.join(parts)}"
 
 
 if __name__ == "__main__":

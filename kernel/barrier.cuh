@@ -29,37 +29,54 @@ __device__ __forceinline__ bool spin(const layout::Rank& r, const u32* address, 
     }
 }
 
-// All threads of all blocks of a rank; with `all_ranks`, of all ranks. What was written before is visible after, also by
-// peers. The last block to arrive speaks for its rank. False: give up.
-__device__ __forceinline__ bool meet(const layout::Rank& r, bool all_ranks) {
-    __shared__ u32 ok;
-    ptx::fence_system();
+// All threads of all blocks of a rank. What was written before is visible after. False: give up.
+// `last` is called by every thread of the block that arrives last, before anyone leaves; it returns false to give up.
+template <typename Last>
+__device__ __forceinline__ bool meet_rank(const layout::Rank& r, Last last) {
+    __shared__ u32 generation, is_last, ok;
     __syncthreads();
     if (threadIdx.x == 0) {
         Workspace& w = r.workspace();
-        const u32 generation = ptx::load_acquire(&w.generation);
+        ptx::fence_system();  // cumulative: what the block wrote before __syncthreads goes first
+        generation = ptx::load_relaxed(&w.generation);
+        is_last = ptx::atomic_add_acq_rel(&w.arrived, 1) == r.blocks - 1;
         ok = 1;
-        if (ptx::atomic_add_acq_rel(&w.arrived, 1) == r.blocks - 1) {
-            w.arrived = 0;
-            if (all_ranks) {
-                const u32 expected = r.p.shape.ranks * (w.rank_epoch + 1);
-                w.rank_epoch += 1;
-                ptx::fence_system();
-                for (u32 peer = 0; peer < r.p.shape.ranks; ++peer)
-                    ptx::reduce_add_release_system(r.at<u32>(peer, r.p.layout.rank_counter), 1);
-                ok = spin(r, r.mine<u32>(r.p.layout.rank_counter), kRanks, expected,
-                          [&](u32 seen) { return static_cast<int>(seen - expected) >= 0; });
-            }
-            ptx::store_release(&w.generation, generation + 1);
-        } else {
-            ok = spin(r, &w.generation, kGeneration, generation + 1, [&](u32 seen) { return seen != generation; });
-        }
-        if (failed(r.p)) ok = 0;
     }
     __syncthreads();
-    const bool result = ok != 0;
+    if (is_last) {
+        const bool went = last();
+        if (threadIdx.x == 0) {
+            Workspace& w = r.workspace();
+            w.arrived = 0;
+            ok = went;
+            ptx::store_release(&w.generation, generation + 1);
+        }
+    } else if (threadIdx.x == 0) {
+        const u32 before = generation;
+        ok = spin(r, &r.workspace().generation, kGeneration, before + 1, [&](u32 seen) { return seen != before; });
+    }
+    if (threadIdx.x == 0 && failed(r.p)) ok = 0;
     __syncthreads();
-    return result;
+    return ok != 0;
+}
+
+// All ranks. The last block of a rank runs `publish` with all its threads, then speaks for its rank; what it and all
+// blocks wrote, also to peers, is visible to everyone after.
+template <typename Publish>
+__device__ __forceinline__ bool meet(const layout::Rank& r, Publish publish) {
+    return meet_rank(r, [&] {
+        publish();
+        __syncthreads();
+        if (threadIdx.x != 0) return true;
+        Workspace& w = r.workspace();
+        const u32 expected = r.p.shape.ranks * (w.rank_epoch + 1);
+        w.rank_epoch += 1;
+        ptx::fence_system();
+        for (u32 peer = 0; peer < r.p.shape.ranks; ++peer)
+            ptx::reduce_add_release_system(r.at<u32>(peer, r.p.layout.rank_counter), 1);
+        return spin(r, r.mine<u32>(r.p.layout.rank_counter), kRanks, expected,
+                    [&](u32 seen) { return static_cast<int>(seen - expected) >= 0; });
+    });
 }
 
 }  // namespace barrier

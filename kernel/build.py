@@ -17,10 +17,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from golden.atomic import replace
+
 FOLDER = Path(__file__).resolve().parent
 ARCH = "sm_90a"
 NVRTC_VERSION = "13.0.88"
 """The compiler that the pinned cubins come from (CUDA 13.0)."""
+PINS = FOLDER / "cubins.json"
+"""The sha256 of every target's cubin: what was gated without a GPU is what runs."""
 
 _INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]+"([^"]+)"[ \t]*$', re.MULTILINE)
 _ENTRY = re.compile(r"Compiling entry function '([^']+)'")
@@ -127,11 +131,13 @@ def parse_report(log: str) -> Report:
     """ptxas -v's text -> Report. A figure that is missing counts as a fault of the log: BuildError."""
     entries = {}
     for block in re.split(r"(?=Compiling entry function ')", log)[1:]:
-        name, stack, used = _ENTRY.search(block), _STACK.search(block), _USED.search(block)
+        name, stack, used = _ENTRY.search(block), _STACK.findall(block), _USED.search(block)
         if not (name and stack and used):
             raise BuildError(f"ptxas' report cannot be read: {block.strip()[:200]}")
         shared = _SHARED.search(block)
-        numbers = (int(used[1]), *map(int, stack.groups()), int(shared[1]) if shared else 0)
+        # Functions that a kernel calls follow it, each with a line of its own: the worst one counts.
+        worst = (max(map(int, figures)) for figures in zip(*stack, strict=True))
+        numbers = (int(used[1]), *worst, int(shared[1]) if shared else 0)
         entries[name[1]] = Entry(*numbers)
     messages = tuple(sorted({match[0].strip() for match in _WARNING.finditer(log)}))
     return Report(dict(sorted(entries.items())), messages)
@@ -194,6 +200,30 @@ def sources_sha256() -> str:
     for path in sorted([*FOLDER.glob("*.cu"), *FOLDER.glob("*.cuh")]):
         digest.update(f"{path.name}\0".encode() + path.read_bytes() + b"\0")
     return digest.hexdigest()
+
+
+def check_pins(digests: Mapping[str, str]) -> None:
+    """Raises BuildError naming the targets whose digest is not the pinned one, and what to do about it."""
+    pins = json.loads(PINS.read_text())
+    _check_version(pins["nvrtc"])
+    names = sorted(pins["targets"].keys() | digests.keys())
+    if others := [name for name in names if pins["targets"].get(name) != digests.get(name)]:
+        renew = "after a change of the sources, renew them: python -m kernel build --all --pin"
+        raise BuildError(f"cubins of {', '.join(others)} are not those of {PINS.name}; {renew}")
+
+
+def write_pins(digests: Mapping[str, str]) -> None:
+    """Pins the digests. Raises BuildError unless the compiler is the one that pins are of."""
+    _check_version(NVRTC_VERSION)
+    replace(PINS, (json.dumps({"nvrtc": NVRTC_VERSION, "targets": dict(digests)}, indent=2) + "\n").encode())
+
+
+def _check_version(pinned: str) -> None:
+    if (version := nvrtc_version()) != pinned:
+        raise BuildError(
+            f"NVRTC is {version} and the pinned cubins are of {pinned}: another compiler gives other cubins, "
+            f"which were not gated; install nvidia-cuda-nvrtc=={pinned}"
+        )
 
 
 def cache_folder() -> Path:

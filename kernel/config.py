@@ -6,7 +6,11 @@ from dataclasses import dataclass
 
 from quant.recipe import Recipe, RecipeError
 
-BLOCK_M, BLOCK_N, BLOCK_K, STAGES, THREADS = 128, 128, 128, 6, 384
+BLOCK_N, BLOCK_K, THREADS = 128, 128, 384
+DISPATCH_WARPS, TRANSIT_BYTES = 3, 4096
+"""`kDispatchWarps` of storage.cuh and `kChunk` of dispatch.cuh."""
+BOX_ROWS = 32
+"""Activation rows of one TMA box: a part-filled block loads only the boxes that hold rows."""
 GROUP = 64
 """Columns of L2 activations that share a scale."""
 MAX_RANKS, MAX_EXPERTS = 8, 512
@@ -31,10 +35,33 @@ def check_recipe(recipe: Recipe) -> Recipe:
     return recipe
 
 
-def shared_bytes() -> int:
-    """sizeof(SharedStorage) of storage.cuh: the ring, its barriers, the plan."""
-    stage = aligned((BLOCK_M + BLOCK_N) * BLOCK_K + BLOCK_K // GROUP * BLOCK_M * 4)
-    return aligned(STAGES * stage + 2 * 8 * STAGES + 4 * (4 * MAX_EXPERTS + 1))
+@dataclass(frozen=True)
+class Tile:
+    """A tile configuration, one cubin: rows of a tile of BLOCK_N columns, and stages of the ring."""
+
+    block_m: int
+    stages: int
+
+    def shared_bytes(self) -> int:
+        """sizeof(SharedStorage) of storage.cuh: the ring, its barriers, the plan, rows in transit."""
+        stage = aligned((self.block_m + BLOCK_N) * BLOCK_K + BLOCK_K // GROUP * self.block_m * 4)
+        plan = aligned(self.stages * stage + 2 * 8 * self.stages + 4 * (3 * MAX_EXPERTS + 1), 128)
+        return aligned(plan + DISPATCH_WARPS * aligned(TRANSIT_BYTES + 8, 128))
+
+
+TILES = (Tile(128, 6), Tile(256, 4))
+TALL_FROM = 112
+"""Rows an expert, on average, from which the tall tile is faster on an H200: it reads the weights half as often.
+
+Measured, short against tall, us: 96 rows 353.7, 352.7 (flash T 512) and 1184, 1199 (pro T 768); 120 rows 424, 396
+(flash T 640); 128 rows 1667, 1420 (pro T 1024).
+"""
+
+
+def choose_tile(problem: Problem, tokens: int) -> Tile:
+    """The tile for the largest number of tokens of a rank: by the rows that an expert gets when all are alike."""
+    rows = tokens * problem.topk * problem.ranks / problem.experts
+    return TILES[rows >= TALL_FROM]
 
 
 @dataclass(frozen=True)
@@ -72,13 +99,19 @@ class Problem:
     def pool_rows(self) -> int:
         """Rows of the pool: every slot of every rank may come here, and each expert's last block may be part-filled."""
         slots = self.ranks * self.capacity * self.topk
-        return aligned(slots + self.experts_local * (BLOCK_M - 1), BLOCK_M)
+        tallest = max(tile.block_m for tile in TILES)
+        return aligned(slots + self.experts_local * (tallest - 1), tallest)
+
+    @property
+    def pool_blocks(self) -> int:
+        """Blocks of the pool under the smallest tile: one counter of each kind for each."""
+        return self.pool_rows // min(tile.block_m for tile in TILES)
 
     def offsets(self) -> tuple[dict[str, int], int]:
         """(name -> byte offset of each field of `Layout` in params.cuh, total bytes)."""
         t, k, h, i = self.capacity, self.topk, self.hidden, self.intermediate
         rows = self.pool_rows
-        workspace = 4 * (4 + 2 * MAX_EXPERTS + 2 * (rows // BLOCK_M))
+        workspace = 4 * (4 + MAX_EXPERTS + 2 * self.pool_blocks)
         sizes = {
             "x": t * h,
             "x_sf": 4 * t * (h // 128),
@@ -86,7 +119,7 @@ class Problem:
             "topk_weights": 4 * t * k,
             "slots": 2 * t * k * h,
             "recv_count": 4 * self.experts,
-            "recv_list": 4 * self.ranks * t * k,
+            "recv_list": 4 * self.experts * t * k,
             "rank_counter": 4,
             "workspace": workspace,
             "l1_acts": rows * h,

@@ -67,13 +67,14 @@ __device__ __forceinline__ void dense(const DenseParams& p) {
             u32 tile_row, tile_column;
             tile_place(p, tile, tile_row, tile_column);
             const float* b_sf = p.b_sf + static_cast<u64>(tile_column / 128) * blocks;
-            float sum[kBlockN / 2];
+            float sum[kBlockN / 2], acc[gemm::kBlockK / kGroup][kBlockN / 2];
+            gemm::define<gemm::kBlockK / kGroup, kBlockN>(acc);
 #pragma unroll
             for (float& value : sum) value = 0.0f;
             for (u32 b = 0; b < blocks; ++b, place.advance()) {
                 const float scale = __ldg(b_sf + b), w_sf[2] = {scale, scale};
                 gemm::wait(&s.full[place.index], place.parity);
-                gemm::multiply_stage(sum, s.stages[place.index], &s.empty[place.index], first_row, row, w_sf);
+                gemm::multiply_stage(sum, acc, s.stages[place.index], &s.empty[place.index], first_row, row, w_sf);
             }
             float* d = p.d + static_cast<u64>(tile_row + first_row + row) * p.n + tile_column + threadIdx.x % 4 * 2;
 #pragma unroll

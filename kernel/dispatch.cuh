@@ -13,64 +13,76 @@ __device__ __forceinline__ void each_active_slot(const layout::Rank& r, Visit vi
         if (topk_idx[entry] >= 0) visit(entry, static_cast<u32>(topk_idx[entry]));
 }
 
-// How many rows each expert gets from this rank.
-__device__ __forceinline__ void count(const layout::Rank& r) {
-    each_active_slot(r, [&](u32, u32 expert) { ptx::atomic_add(&r.workspace().send_count[expert], 1); });
-}
-
-// Writes this rank's counts and its list of (token, slot) into the buffers of the destinations, expert after expert.
-// Within an expert the order is that of arrival: no bit depends on it. `start`: [E], shared memory.
-__device__ __forceinline__ void announce(const layout::Rank& r, u32* start) {
-    const Shape& s = r.p.shape;
-    const Workspace& w = r.workspace();
-    for (u32 peer = threadIdx.x; peer < s.ranks; peer += blockDim.x) {
-        u32 sum = 0;
-        for (u32 e = 0; e < s.experts_local; ++e) {
-            const u32 sent = ptx::load_relaxed(&w.send_count[peer * s.experts_local + e]);
-            start[peer * s.experts_local + e] = sum;
-            if (r.block == 0) r.recv_count(peer, r.rank)[e] = sent;
-            sum += sent;
-        }
-    }
-    __syncthreads();
+// Appends this rank's entries (token, slot) to the lists at the destinations. Within a list the order is that of arrival:
+// no bit depends on it.
+__device__ __forceinline__ void announce(const layout::Rank& r) {
+    const u32 local = r.p.shape.experts_local;
     each_active_slot(r, [&](u32 entry, u32 expert) {
-        const u32 place = start[expert] + ptx::atomic_add(&r.workspace().send_cursor[expert], 1);
-        r.recv_list(expert / s.experts_local, r.rank)[place] = entry;
+        const u32 place = ptx::atomic_add(&r.workspace().send_count[expert], 1);
+        r.recv_list(expert / local, r.rank, expert % local)[place] = entry;
     });
 }
 
+// Tells the destinations how long the lists are, and makes the counters zero again. All threads of one block.
+__device__ __forceinline__ void publish(const layout::Rank& r) {
+    const u32 local = r.p.shape.experts_local;
+    for (u32 expert = threadIdx.x; expert < r.p.shape.experts; expert += blockDim.x) {
+        u32* count = &r.workspace().send_count[expert];
+        r.recv_count(expert / local, r.rank)[expert % local] = ptx::load_relaxed(count);
+        *count = 0;
+    }
+}
+
+constexpr u32 kChunk = 4096;  // bytes of a row that travel at a time
+
+// Where one warp's rows pass through shared memory: the copies are asynchronous, so they cost no registers and few cycles.
+struct Transit {
+    alignas(128) u8 chunk[kChunk];
+    u64 arrived;
+};
+
 // One warp copies one pool row: bytes, scales (transposed, as TMA wants them), weight and source.
-__device__ __forceinline__ void pull_row(const layout::Rank& r, const scheduler::Plan& plan, u32 expert, u32 index, u64 row) {
+__device__ __forceinline__ void pull_row(const layout::Rank& r, const scheduler::Plan& plan, Transit& transit, u32& parity,
+                                         u32 expert, u32 index, u64 row) {
     const Shape& s = r.p.shape;
     const Layout& l = r.p.layout;
     const u32 lane = threadIdx.x % 32;
     u32 source = 0;
     while (source + 1 < s.ranks && plan.first_row[expert * s.ranks + source + 1] <= index) ++source;
-    const u32 offset = plan.list_start[source * s.experts_local + expert] + index - plan.first_row[expert * s.ranks + source];
-    const u32 entry = r.recv_list(r.rank, source)[offset];
+    const u32 entry = r.recv_list(r.rank, source, expert)[index - plan.first_row[expert * s.ranks + source]];
     const u64 token = entry / s.topk;
-    const uint4* from = reinterpret_cast<const uint4*>(r.at<u8>(source, l.x) + token * s.hidden);
-    uint4* to = reinterpret_cast<uint4*>(r.mine<u8>(l.l1_acts) + row * s.hidden);
-    for (u32 i = lane; i < s.hidden / 16; i += 32) to[i] = from[i];
     const float* from_sf = r.at<float>(source, l.x_sf) + token * (s.hidden / 128);
     float* to_sf = r.mine<float>(l.l1_acts_sf) + row;
-    for (u32 i = lane; i < s.hidden / 128; i += 32) to_sf[static_cast<u64>(i) * s.pool_rows] = from_sf[i];
     if (lane == 0) {
-        r.mine<uint2>(l.pool_source)[row] = make_uint2(source, entry);
-        r.mine<float>(l.pool_weight)[row] = r.at<float>(source, l.topk_weights)[entry];
+        const u8* from = r.at<u8>(source, l.x) + token * s.hidden;
+        u8* to = r.mine<u8>(l.l1_acts) + row * s.hidden;
+        for (u32 offset = 0; offset < s.hidden; offset += kChunk, parity ^= 1) {
+            const u32 bytes = min(kChunk, s.hidden - offset);
+            ptx::mbarrier_arrive_expect(&transit.arrived, bytes);
+            ptx::bulk_load(transit.chunk, from + offset, bytes, &transit.arrived);
+            if (offset == 0) {
+                r.mine<uint2>(l.pool_source)[row] = make_uint2(source, entry);
+                r.mine<float>(l.pool_weight)[row] = r.at<float>(source, l.topk_weights)[entry];
+            }
+            while (!ptx::mbarrier_try_wait(&transit.arrived, parity)) {
+            }
+            ptx::bulk_store(to + offset, transit.chunk, bytes);
+            ptx::bulk_store_wait();
+        }
     }
+    for (u32 i = lane; i < s.hidden / 128; i += 32) to_sf[static_cast<u64>(i) * s.pool_rows] = from_sf[i];
 }
 
 // The dispatch warps of all blocks, each block of the pool in its turn: GEMM 1 starts on the first while later ones travel.
-__device__ __forceinline__ void pull(const layout::Rank& r, const scheduler::Plan& plan, u32 warp, u32 warps) {
+__device__ __forceinline__ void pull(const layout::Rank& r, const scheduler::Plan& plan, Transit& transit, u32 warp, u32 warps) {
     const u32 experts = r.p.shape.experts_local, pool_blocks = plan.first_block[experts];
-    u32 turn = 0;  // rows seen so far: row n belongs to warp n mod all warps
+    u32 turn = 0, parity = 0;  // turn: rows seen so far; row n belongs to warp n mod all warps
     const u32 all = warps * r.blocks, own = warp * r.blocks + r.block;
     for (u32 block = 0; block < pool_blocks; ++block) {
         const u32 expert = scheduler::expert_of(plan, experts, block);
         const u32 rows = scheduler::rows_in_block(plan, expert, block);
         for (u32 i = (own + all - turn % all) % all; i < rows; i += all) {
-            pull_row(r, plan, expert, (block - plan.first_block[expert]) * scheduler::kBlockM + i,
+            pull_row(r, plan, transit, parity, expert, (block - plan.first_block[expert]) * scheduler::kBlockM + i,
                      static_cast<u64>(block) * scheduler::kBlockM + i);
             ptx::fence_proxy_async_all();  // TMA reads what these lanes wrote
             __syncwarp();

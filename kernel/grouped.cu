@@ -58,10 +58,12 @@ __device__ __forceinline__ void multiply(const GroupedParams& p, GroupedStorage<
     const float* second = kInterleaved ? first + static_cast<u64>(columns / 2) * blocks : first;
 #pragma unroll
     for (float& value : sum) value = 0.0f;
+    float acc[gemm::kBlockK / kGroup][kBlockN / 2];
+    gemm::define<gemm::kBlockK / kGroup, kBlockN>(acc);
     for (u32 b = 0; b < blocks; ++b, place.advance()) {
         const float w_sf[2] = {__ldg(first + b), __ldg(second + b)};
         gemm::wait(&s.full[place.index], place.parity);
-        gemm::multiply_stage(sum, s.stages[place.index], &s.empty[place.index], first_row, row, w_sf);
+        gemm::multiply_stage(sum, acc, s.stages[place.index], &s.empty[place.index], first_row, row, w_sf);
     }
 }
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import re
 from dataclasses import dataclass
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ MIN_CUDA_DRIVER = 13000
 """cuDriverGetVersion of driver 580, the first that loads CUDA 13 cubins."""
 STATIC_SHARED_LIMIT = 48 * 1024
 """Dynamic shared memory above this is asked for with cuKernelSetAttribute."""
+INVALID_CONTEXT = 201
+"""CUDA_ERROR_INVALID_CONTEXT: what a thread gets that has not used the device yet."""
 
 
 class LaunchError(RuntimeError):
@@ -54,12 +57,19 @@ def driver_version() -> str:
 
 
 def require_device(index: int | None = None) -> Device:
-    """The current CUDA device, checked: SM90 and a driver for CUDA 13. Raises EnvironmentMissing, one sentence."""
+    """The current CUDA device, checked once: SM90 and a driver for CUDA 13. Raises EnvironmentMissing, one sentence."""
     if not torch.cuda.is_available():
         raise EnvironmentMissing(
             "no CUDA device is visible to torch; this needs a Hopper GPU (SM90) and driver 580 or later; "
             "all that needs no GPU still works"
         )
+    device = _device(torch.cuda.current_device() if index is None else index)
+    _use_context(device.index)
+    return device
+
+
+@cache
+def _device(index: int) -> Device:
     driver = _driver()
     version = _check(driver.cuDriverGetVersion(), "cuDriverGetVersion")
     if version < MIN_CUDA_DRIVER:
@@ -67,7 +77,6 @@ def require_device(index: int | None = None) -> Device:
         raise EnvironmentMissing(
             f"the driver ({driver_version()}) supports {supported}; cubins of CUDA 13 need driver 580 or later"
         )
-    index = torch.cuda.current_device() if index is None else index
     properties = torch.cuda.get_device_properties(index)
     if (properties.major, properties.minor) != (9, 0):
         found = f"{properties.name}, SM{properties.major}{properties.minor}"
@@ -75,7 +84,7 @@ def require_device(index: int | None = None) -> Device:
             f"device {index} is a {found}; the kernels are built for Hopper alone (H100, H200, H20: SM90)"
         )
     torch.cuda.init()
-    torch.zeros(1, device=f"cuda:{index}")  # makes the primary context current
+    torch.zeros(1, device=f"cuda:{index}")  # makes the primary context
     return Device(
         index, properties.name, chip_name(properties.name), properties.multi_processor_count, driver_version()
     )
@@ -116,26 +125,60 @@ class Kernel:
         params: the one argument, copied by the driver during the call. grid, block: along x. shared: dynamic bytes.
         cooperative: every block resident at once, or the launch fails. Raises LaunchError.
         """
-        driver, device = _driver(), torch.cuda.current_device()
-        if shared > max(STATIC_SHARED_LIMIT, self._shared.get(device, 0)):
-            attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            result = driver.cuKernelSetAttribute(attribute, shared, self._handle, driver.CUdevice(device))
-            _check(result, f"cuKernelSetAttribute({self.name}, {shared} bytes)")
-            self._shared[device] = shared
-        config = driver.CUlaunchConfig()
-        config.gridDimX, config.gridDimY, config.gridDimZ = grid, 1, 1
-        config.blockDimX, config.blockDimY, config.blockDimZ = block, 1, 1
-        config.sharedMemBytes = shared
-        config.hStream = driver.CUstream(torch.cuda.current_stream().cuda_stream)
-        if cooperative:
-            attribute = driver.CUlaunchAttribute()
-            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
-            attribute.value.cooperative = 1
-            config.attrs = [attribute]
-            config.numAttrs = 1
+        device = torch.cuda.current_device()
+        if shared > self._shared.get(device, STATIC_SHARED_LIMIT):
+            self._allow_shared(device, shared)
+        config = _launch_config(grid, block, shared, cooperative, _raw_stream(device))
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(params))  # kernelParams: void*[1]
-        result = driver.cuLaunchKernelEx(config, self._function, ctypes.addressof(pointers), 0)
-        _check(result, f"cuLaunchKernelEx({self.name}, grid {grid}, block {block}, shared {shared})")
+        launch = _driver().cuLaunchKernelEx
+        result = launch(config, self._function, ctypes.addressof(pointers), 0)
+        if result[0] == INVALID_CONTEXT:
+            _use_context(device)
+            result = launch(config, self._function, ctypes.addressof(pointers), 0)
+        if result[0]:
+            _check(result, f"cuLaunchKernelEx({self.name}, grid {grid}, block {block}, shared {shared})")
+
+    def _allow_shared(self, device: int, shared: int) -> None:
+        driver = _driver()
+        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        result = driver.cuKernelSetAttribute(attribute, shared, self._handle, driver.CUdevice(device))
+        _check(result, f"cuKernelSetAttribute({self.name}, {shared} bytes)")
+        self._shared[device] = shared
+
+
+@lru_cache(maxsize=256)
+def _launch_config(grid: int, block: int, shared: int, cooperative: bool, stream: int) -> Any:
+    """One for each stream, never changed: a launch releases the GIL, so a shared one could change under it."""
+    driver = _driver()
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = grid, 1, 1
+    config.blockDimX, config.blockDimY, config.blockDimZ = block, 1, 1
+    config.sharedMemBytes = shared
+    config.hStream = driver.CUstream(stream)
+    if cooperative:
+        attribute = driver.CUlaunchAttribute()
+        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
+        attribute.value.cooperative = 1
+        config.attrs = [attribute]
+        config.numAttrs = 1
+    return config
+
+
+def _public_raw_stream(device: int) -> int:
+    return torch.cuda.current_stream(device).cuda_stream
+
+
+_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", _public_raw_stream)
+"""The handle of torch's current stream of a device; the private function makes no Stream object."""
+
+
+def _use_context(device: int) -> None:
+    """Makes the primary context, torch's own, current in a thread that has none; legal while a graph is captured."""
+    driver = _driver()
+    if int(_check(driver.cuCtxGetCurrent(), "cuCtxGetCurrent")):
+        return
+    context = _check(driver.cuDevicePrimaryCtxRetain(driver.CUdevice(device)), "cuDevicePrimaryCtxRetain")
+    _check(driver.cuCtxSetCurrent(context), "cuCtxSetCurrent")
 
 
 class TensorMap(ctypes.Structure):
@@ -148,15 +191,23 @@ def tensor_map(tensor: torch.Tensor, box_rows: int) -> TensorMap:
     """The map of a byte matrix whose boxes are box_rows x 128 bytes in the 128-byte swizzle.
 
     tensor: uint8 [rows, columns], rows 16-byte aligned, a column step of 1. Rows beyond the end are read as zero.
-    Raises LaunchError when the driver refuses it.
+    The same matrix gives the same object, which is copied where it is used and never changed. Raises LaunchError when
+    the driver refuses it.
     """
-    driver, (rows, columns) = _driver(), tensor.shape
+    rows, columns = tensor.shape
+    return _encoded(tensor.data_ptr(), rows, columns, tensor.stride(0), box_rows)
+
+
+@lru_cache(maxsize=1024)
+def _encoded(pointer: int, rows: int, columns: int, stride: int, box_rows: int) -> TensorMap:
+    """A map holds addresses and sizes alone, so one of freed and reused memory stays right."""
+    driver = _driver()
     result = driver.cuTensorMapEncodeTiled(
         driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT8,
         2,
-        tensor.data_ptr(),
+        pointer,
         [driver.cuuint64_t(columns), driver.cuuint64_t(rows)],
-        [driver.cuuint64_t(tensor.stride(0))],
+        [driver.cuuint64_t(stride)],
         [driver.cuuint32_t(128), driver.cuuint32_t(box_rows)],
         [driver.cuuint32_t(1), driver.cuuint32_t(1)],
         driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
@@ -164,10 +215,11 @@ def tensor_map(tensor: torch.Tensor, box_rows: int) -> TensorMap:
         driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
         driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
     )
-    encoded = _check(result, f"cuTensorMapEncodeTiled(uint8 {list(tensor.shape)}, box {box_rows} x 128)")
+    encoded = _check(result, f"cuTensorMapEncodeTiled(uint8 {[rows, columns]}, box {box_rows} x 128)")
     return TensorMap((ctypes.c_uint64 * 16)(*(int(word) for word in encoded.opaque)))
 
 
+@cache
 def _driver() -> Any:
     try:
         from cuda.bindings import driver

@@ -24,12 +24,14 @@ struct Rank {
     }
     __device__ __forceinline__ Workspace& workspace() const { return *mine<Workspace>(p.layout.workspace); }
     __device__ __forceinline__ u32* block_rows() const { return mine<u32>(p.layout.workspace + sizeof(Workspace)); }
-    __device__ __forceinline__ u32* block_l1_tiles() const { return block_rows() + p.shape.pool_rows / 128; }
+    __device__ __forceinline__ u32* block_l1_tiles() const { return block_rows() + p.shape.pool_blocks; }
     __device__ __forceinline__ u32* recv_count(u32 peer, u32 source) const {
         return at<u32>(peer, p.layout.recv_count) + source * p.shape.experts_local;
     }
-    __device__ __forceinline__ u32* recv_list(u32 peer, u32 source) const {
-        return at<u32>(peer, p.layout.recv_list) + static_cast<u64>(source) * p.shape.capacity * p.shape.topk;
+    // What `source` sends to a local expert of `peer`: entries token * K + slot, as many as recv_count says.
+    __device__ __forceinline__ u32* recv_list(u32 peer, u32 source, u32 expert) const {
+        const u64 list = static_cast<u64>(source) * p.shape.experts_local + expert;
+        return at<u32>(peer, p.layout.recv_list) + list * p.shape.capacity * p.shape.topk;
     }
     // The output row of (token, slot), `entry` = token * K + slot, on its source rank.
     __device__ __forceinline__ u16* slot_row(u32 peer, u32 entry) const {

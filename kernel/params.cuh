@@ -12,7 +12,7 @@ struct Layout {
     u64 x, x_sf, topk_idx, topk_weights;                   // inputs
     u64 slots;                                             // bf16 [K][capacity][H]: rows come back here
     u64 recv_count;                                        // u32 [R][E_loc]: written by the source ranks
-    u64 recv_list;                                         // u32 [R][capacity * K]: token * K + slot, by expert
+    u64 recv_list;                                         // u32 [R][E_loc][capacity * K]: token * K + slot
     u64 rank_counter;                                      // u32: arrivals of the ranks, ever growing
     u64 workspace;                                         // of this rank alone, see Workspace
     u64 l1_acts, l1_acts_sf, l2_acts, l2_acts_sf;          // the pool
@@ -22,14 +22,16 @@ struct Layout {
 // Counters of one rank; all zero between launches, but for generation and rank_epoch, which only grow.
 struct Workspace {
     u32 arrived, generation, rank_epoch, unused;
-    u32 send_count[kMaxExperts], send_cursor[kMaxExperts];
+    u32 send_count[kMaxExperts];
     // behind it: u32 block_rows[pool blocks], then u32 block_l1_tiles[pool blocks]
 };
 
 struct Shape {
     u32 ranks, experts, experts_local, topk, hidden, intermediate;
     u32 capacity;     // tokens a rank at most
-    u32 pool_rows;    // rows of the pool, a multiple of 128
+    u32 pool_rows;    // rows of the pool, a multiple of every tile's
+    u32 pool_blocks;  // of the smallest tile: counters of each kind
+    u32 unused;
 };
 
 // What a spin that ran out of time leaves behind. `flag` is written last; everyone who sees it drains and exits.

@@ -103,6 +103,12 @@ __device__ __forceinline__ uint4 load_volatile(const uint4* address) {
     return v;
 }
 
+__device__ __forceinline__ u32 load_volatile(const u32* address) {
+    u32 value;
+    asm volatile("ld.volatile.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+    return value;
+}
+
 __device__ __forceinline__ void store_release(u32* address, u32 value) {
     asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
 }
@@ -209,6 +215,18 @@ __device__ __forceinline__ void bulk_load(void* target, const void* source, u32 
             shared_address(target)),
         "l"(source), "r"(bytes), "r"(shared_address(barrier))
         : "memory");
+}
+
+// `bytes` (a multiple of 16) of shared memory to plain memory, as part of this thread's bulk group.
+__device__ __forceinline__ void bulk_store(void* target, const void* source, u32 bytes) {
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(target), "r"(shared_address(source)),
+                 "r"(bytes)
+                 : "memory");
+}
+
+// Closes this thread's bulk group and waits until its writes are done.
+__device__ __forceinline__ void bulk_store_wait() {
+    asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group 0;" ::: "memory");
 }
 
 // ---- registers of a role (PTX ISA 9.7.19.5) -------------------------------------------------------------------------

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from kernel import build, launch, probe
+from kernel.__main__ import TARGETS
+from kernel.config import TILES
 
 ROOT = Path(__file__).resolve().parent.parent
 PLAIN = 'extern "C" __global__ void plain(float* p) { p[threadIdx.x] = p[threadIdx.x] * 3.0f + 1.0f; }'
@@ -120,6 +122,16 @@ def test_report_that_cannot_be_read_is_an_error() -> None:
         build.parse_report(log)
 
 
+def test_a_called_function_counts() -> None:
+    log = """ptxas info    : Compiling entry function 'k' for 'sm_90a'
+ptxas         .     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 168 registers, used 2 barriers, 1024 bytes smem
+ptxas info    : Function properties for called
+ptxas         .     16 bytes stack frame, 8 bytes spill stores, 12 bytes spill loads
+"""
+    assert build.parse_report(log).entries["k"] == build.Entry(168, 16, 8, 12, 1024)
+
+
 def test_cache_round_trip(cache: Path) -> None:
     first = build.build_text(PLAIN)
     second = build.build_text(PLAIN)
@@ -180,6 +192,40 @@ def run_cli(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_command_line() -> None:
     built = run_cli("build", "--all", "--json")
     assert built.returncode == 0, built.stderr
-    assert set(json.loads(built.stdout)["probes"]["entries"]) == set(probe.ENTRIES)
-    for wrong in (["build"], ["build", "nonsense"], ["nonsense"]):
+    report = json.loads(built.stdout)
+    rows = report["configurations"]
+    assert {row["target"] for row in rows} == set(TARGETS)
+    assert {row["entry"] for row in rows if row["target"] == "probes"} == set(probe.ENTRIES)
+    assert {row["shared_dynamic"] for row in rows if row["entry"] == "moe_fast"} == {t.shared_bytes() for t in TILES}
+    assert not report["failed"]
+    for wrong in (["build"], ["build", "nonsense"], ["nonsense"], ["build", "twin", "--pin"]):
         assert run_cli(*wrong).returncode == 2, wrong
+
+
+def digests() -> dict[str, str]:
+    return {name: target.compile().sha256 for name, target in TARGETS.items()}
+
+
+def test_cubins_are_the_pinned_ones() -> None:
+    build.check_pins(digests())
+
+
+@pytest.mark.gpu
+def test_cubins_of_the_gpu_machine_are_the_pinned_ones() -> None:
+    """Its NVRTC gives, byte for byte, what was gated without a GPU."""
+    launch.require_device()
+    build.check_pins(digests())
+
+
+def test_pins_catch_and_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "PINS", tmp_path / "cubins.json")
+    build.write_pins({"one": "a", "two": "b"})
+    build.check_pins({"one": "a", "two": "b"})
+    assert [path.name for path in tmp_path.iterdir()] == ["cubins.json"], "no temporary file is left"
+    for other in ({"one": "a", "two": "c"}, {"one": "a"}, {"one": "a", "two": "b", "three": "c"}):
+        with pytest.raises(build.BuildError, match=r"cubins of t\w+ are not .*python -m kernel build --all --pin"):
+            build.check_pins(other)
+    monkeypatch.setattr(build, "nvrtc_version", lambda: "13.0.1")
+    for act in (build.check_pins, build.write_pins):
+        with pytest.raises(build.BuildError, match=r"NVRTC is 13\.0\.1 .*install nvidia-cuda-nvrtc==13\.0\.88"):
+            act({"one": "a", "two": "b"})

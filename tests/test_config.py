@@ -9,14 +9,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kernel import api
-from kernel.config import MAX_EXPERTS, MAX_RANKS, SHARED_LIMIT, ConfigError, Problem, shared_bytes
+from kernel.config import MAX_EXPERTS, MAX_RANKS, SHARED_LIMIT, TILES, ConfigError, Problem, choose_tile
 
 GOOD = {"ranks": 8, "experts": 256, "topk": 6, "hidden": 4096, "intermediate": 2048, "capacity": 64}
 
 
 def test_shared_memory_fits_a_block() -> None:
-    assert shared_bytes() == 211_968
-    assert shared_bytes() + 1024 <= SHARED_LIMIT
+    assert [tile.shared_bytes() for tile in TILES] == [222_208, 224_256]
+    assert all(tile.shared_bytes() + 1024 <= SHARED_LIMIT for tile in TILES)
+
+
+@pytest.mark.parametrize(("tokens", "block_m"), [(0, 128), (8, 128), (597, 128), (598, 256), (1024, 256)])
+def test_the_tall_tile_is_for_many_rows_an_expert(tokens: int, block_m: int) -> None:
+    assert choose_tile(Problem(**GOOD | {"capacity": 1024}), tokens).block_m == block_m
 
 
 def test_params_fit_the_argument_space() -> None:
@@ -38,8 +43,9 @@ def test_fields_do_not_overlap(
     problem = Problem(ranks, ranks * local, topk, 128 * hidden, 128 * intermediate, capacity)
     offsets, total = problem.offsets()
     rows = problem.pool_rows
-    assert rows % 128 == 0
-    assert rows >= ranks * capacity * topk + local * 127
+    assert rows % 256 == 0
+    assert rows >= ranks * capacity * topk + local * 255
+    assert problem.pool_blocks == rows // 128
     starts = [*offsets.values(), total]
     assert starts == sorted(starts)
     assert all(start % 1024 == 0 for start in starts)

@@ -10,6 +10,7 @@ import torch
 from kernel import api
 from kernel.adapters import Prepared
 from kernel.adapters.megaproof import MegaproofAdapter
+from kernel.config import TILES, Tile
 from quant.recipe import SHAPES, Recipe
 from reference.layer import LayerResult, moe_layer
 from tests import inputs
@@ -26,8 +27,9 @@ def prepared(case: Case) -> tuple[Prepared, LayerResult]:
     return Prepared(case, made, torch.device("cuda")), expected
 
 
-def test_the_cubin_passes_the_gate() -> None:
-    assert set(api.compile_moe().report.entries) == set(api.ENTRIES)
+@pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"m{tile.block_m}")
+def test_the_cubin_passes_the_gate(tile: Tile) -> None:
+    assert set(api.compile_moe(tile).report.entries) == set(api.ENTRIES)
 
 
 def test_recipes_that_the_kernel_does_not_compute_are_named() -> None:
@@ -39,6 +41,17 @@ def test_recipes_that_the_kernel_does_not_compute_are_named() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", KERNEL_CASES, ids=lambda case: case.id)
 def test_every_stage_equals_the_reference(case: Case) -> None:
+    adapter = MegaproofAdapter()
+    print(f"{case.id}: {prove(adapter, *prepared(case))}")
+    adapter.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"m{tile.block_m}")
+@pytest.mark.parametrize("case", [*KERNEL_CASES[:12], *KERNEL_CASES[-6:]], ids=lambda case: case.id)
+def test_every_tile_whatever_the_shape_would_choose(case: Case, tile: Tile, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("kernel.api", "kernel.adapters.megaproof"):
+        monkeypatch.setattr(f"{module}.choose_tile", lambda problem, tokens: tile)
     adapter = MegaproofAdapter()
     print(f"{case.id}: {prove(adapter, *prepared(case))}")
     adapter.close()

@@ -7,9 +7,10 @@ from torch import Tensor
 
 from kernel import api
 from kernel.adapters import Prepared
-from kernel.config import BLOCK_M, check_recipe
+from kernel.config import check_recipe, choose_tile
 from quant.recipe import Recipe, RecipeError
 from reference.dispatch import routes
+from reference.layout import pool_rows
 
 FP8 = torch.float8_e4m3fn
 POOL_STAGES = ("l1_acts", "l1_acts_sf", "l2_acts", "l2_acts_sf")
@@ -83,11 +84,12 @@ class MegaproofAdapter:
         """Read back from pools and slots; raises AssertionError where a routed row is missing or in another place."""
         case, where = self._prepared.case, routes(self._prepared.inputs.topk_idx)
         local, device = case.shape.experts_per_rank(case.ranks), where.rank.device
+        block_m = choose_tile(self._buffer.problem, max(case.tokens)).block_m
         found: dict[str, list[Tensor]] = {name: [] for name in (*POOL_STAGES, "place")}
         for rank in range(case.ranks):
             views = self._buffer.rank(rank)
             received = where.expert[where.expert // local == rank] - rank * local
-            rows, expert = _pool_rows(torch.bincount(received, minlength=local))
+            rows, expert = pool_rows(torch.bincount(received, minlength=local), block_m)
             found["place"].append(torch.cat([views.pool_source[rows].long(), expert[:, None] + rank * local], dim=1))
             for name in POOL_STAGES:
                 dtype = torch.float32 if name.endswith("_sf") else torch.uint8
@@ -132,15 +134,6 @@ class MegaproofAdapter:
     def _prepared(self) -> Prepared:
         assert self.prepared is not None, "prepare comes first"
         return self.prepared
-
-
-def _pool_rows(counts: Tensor) -> tuple[Tensor, Tensor]:
-    """(pool row, local expert) of every received row: each expert begins at a whole block."""
-    expert = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
-    blocks = (counts + BLOCK_M - 1) // BLOCK_M
-    first = (blocks.cumsum(0) - blocks) * BLOCK_M
-    inside = torch.arange(len(expert), device=counts.device) - (counts.cumsum(0) - counts)[expert]
-    return first[expert] + inside, expert
 
 
 def make() -> MegaproofAdapter:

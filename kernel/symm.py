@@ -1,0 +1,114 @@
+"""Groups and the symmetric buffer: memory, its views by rank, and what stays with it between launches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernel.config import MAX_RANKS, ConfigError, Problem
+
+COUNTERS = {1: "blocks of the rank", 2: "ranks", 3: "rows of a pool block", 4: "L1 tiles of a pool block", 5: "a stage"}
+"""`Counter` of barrier.cuh, in words."""
+
+
+class KernelTimeout(RuntimeError):
+    """A role waited longer than the timeout; the message says who, for what, and what it saw."""
+
+
+@dataclass(frozen=True)
+class VirtualGroup:
+    """R ranks on one GPU, in one cooperative launch. Raises ConfigError unless size is an int in [1, 8]."""
+
+    size: int
+
+    def __post_init__(self) -> None:
+        if type(self.size) is not int or not 1 <= self.size <= MAX_RANKS:
+            raise ConfigError(f"group: VirtualGroup size = {self.size!r} must be an int in [1, {MAX_RANKS}]")
+
+
+def local_group(group: Any) -> VirtualGroup | None:
+    """The group as this version runs it: a process group of one rank is None. Raises ConfigError naming `group`."""
+    if group is None or isinstance(group, VirtualGroup):
+        return group
+    if not torch.distributed.is_available() or not isinstance(group, torch.distributed.ProcessGroup):
+        raise ConfigError(f"group = {group!r} must be None, a VirtualGroup or a torch.distributed ProcessGroup")
+    if group.size() != 1:
+        raise ConfigError(
+            f"group = a ProcessGroup of {group.size()} ranks; it must have 1: ranks as processes over NVLink are not "
+            "available in this version (VirtualGroup runs up to 8 ranks on one GPU)"
+        )
+    return None
+
+
+class RankViews:
+    """Views of one rank's part of the symmetric buffer; x, x_sf, topk_idx and topk_weights are the inputs."""
+
+    def __init__(self, problem: Problem, storage: Tensor) -> None:
+        self.storage = storage
+        offsets, _ = problem.offsets()
+
+        def view(name: str, dtype: torch.dtype, *shape: int) -> Tensor:
+            count = torch.Size(shape).numel() * dtype.itemsize
+            return storage[offsets[name] : offsets[name] + count].view(dtype).view(shape)
+
+        t, k, h, i = problem.capacity, problem.topk, problem.hidden, problem.intermediate
+        rows = problem.pool_rows
+        self.x = view("x", torch.float8_e4m3fn, t, h)
+        self.x_sf = view("x_sf", torch.float32, t, h // 128)
+        self.topk_idx = view("topk_idx", torch.int64, t, k)
+        self.topk_weights = view("topk_weights", torch.float32, t, k)
+        self.l1_acts = view("l1_acts", torch.float8_e4m3fn, rows, h)
+        self.l1_acts_sf = view("l1_acts_sf", torch.float32, h // 128, rows).t()
+        self.l2_acts = view("l2_acts", torch.float8_e4m3fn, rows, i)
+        self.l2_acts_sf = view("l2_acts_sf", torch.float32, i // 64, rows).t()
+        self.slots = view("slots", torch.bfloat16, k, t, h)
+        self.pool_source = view("pool_source", torch.int32, rows, 2)
+
+
+class SymmBuffer:
+    """Symmetric memory of a group: `.rank(r)` for each rank of a virtual group; with one rank, the views themselves."""
+
+    def __init__(self, group: VirtualGroup | None, problem: Problem, device: torch.device) -> None:
+        self.group, self.problem, self.device = group, problem, device
+        self.offsets, self.bytes_per_rank = problem.offsets()
+        storage = torch.zeros(problem.ranks, self.bytes_per_rank, dtype=torch.uint8, device=device)
+        self._ranks: list[RankViews] = [RankViews(problem, part) for part in storage]
+        self.status = torch.zeros(8, dtype=torch.int32, device=device)
+        self.template: Any = None
+        """Params of every launch on this buffer, but for weights, outputs and recipe; the first launch makes them."""
+        self.plans: dict[tuple, Any] = {}
+        """Launch plans of `fp8_mega_moe`, by recipe and weights; the oldest first."""
+        if group is None:
+            self.__dict__.update(vars(self._ranks[0]))
+
+    def require(self) -> None:
+        """Raises ConfigError when the buffer was destroyed."""
+        if not self._ranks:
+            raise ConfigError("sym_buffer was destroyed; it must be alive: make a new one")
+
+    def rank(self, r: int) -> RankViews:
+        """The views of rank r. Raises ConfigError."""
+        self.require()
+        if not 0 <= r < self.problem.ranks:
+            raise ConfigError(f"rank = {r} must be in [0, {self.problem.ranks})")
+        return self._ranks[r]
+
+    def destroy(self) -> None:
+        """Frees the memory; the views and the launch plans are gone. A second call does nothing."""
+        if self.group is None and self._ranks:
+            for name in vars(self._ranks[0]):
+                del self.__dict__[name]
+        self._ranks.clear()
+        self.plans.clear()
+        self.template = None
+
+    def check(self) -> None:
+        """Waits for the launches so far. Raises KernelTimeout when a role gave up waiting."""
+        flag, rank, block, counter, expected, seen, *_ = self.status.tolist()
+        if flag:
+            self.status.zero_()
+            what = COUNTERS.get(counter, "nothing known")
+            raise KernelTimeout(f"rank {rank}, block {block} waited for {what}: expected {expected}, saw {seen}")

@@ -1,0 +1,85 @@
+"""Where rows go: pool rows of the received tokens, slot rows of the combine buffer, fields of the symmetric buffer.
+
+Predicts kernel/layout.cuh. Indices count elements of a field; functions of indices take int or int64 tensors alike.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+BLOCK_M = 128
+"""Rows of a pool block; it holds rows of one expert only, so that a tile needs one expert's weights."""
+
+Index = TypeVar("Index", int, Tensor)
+Field = tuple[torch.dtype, tuple[int, ...]]
+
+
+def first_rows(counts: Tensor, block_m: int = BLOCK_M) -> Tensor:
+    """int64 [R, E_loc]: the pool row where the rows of each (source, local expert) begin; counts int64 [R, E_loc].
+
+    An expert begins at a whole block; inside it the sources stand in ascending order.
+    """
+    rows = counts.sum(0)
+    blocks = (rows + block_m - 1) // block_m
+    return (blocks.cumsum(0) - blocks) * block_m + counts.cumsum(0) - counts
+
+
+def pool_rows(counts: Tensor, block_m: int = BLOCK_M) -> tuple[Tensor, Tensor]:
+    """(pool row, local expert) of every received row, ascending, int64 [n] each; counts int64 [E_loc] over all sources.
+
+    Which of an expert's rows stands where inside its part depends on arrival; which rows are taken does not.
+    """
+    expert = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+    inside = torch.arange(len(expert), device=counts.device) - (counts.cumsum(0) - counts)[expert]
+    return first_rows(counts[None], block_m)[0, expert] + inside, expert
+
+
+def entry_of(token: Index, slot: Index, topk: int) -> Index:
+    """The number by which ranks name an active slot of a source rank: token * K + slot."""
+    return token * topk + slot
+
+
+def slot_row(entry: Index, topk: int, capacity: int) -> Index:
+    """Row of an entry in the combine buffer of its source rank, `slots` as [K * capacity, H]: slot after slot."""
+    return entry % topk * capacity + entry // topk
+
+
+def recv_count(source: Index, expert: Index, experts_local: int) -> Index:
+    """Index into `recv_count` of the rows that a source rank sends to a local expert."""
+    return source * experts_local + expert
+
+
+def recv_list(source: Index, expert: Index, experts_local: int, capacity: int, topk: int) -> Index:
+    """Index into `recv_list` where the entries of (source, local expert) begin: each list could take every slot."""
+    return recv_count(source, expert, experts_local) * capacity * topk
+
+
+def fields(
+    ranks: int, experts: int, topk: int, hidden: int, intermediate: int, capacity: int, pool_rows: int
+) -> dict[str, Field]:
+    """name -> (dtype, shape) of each field of a rank's symmetric buffer, in order: `Layout` of kernel/params.cuh.
+
+    Of `workspace` only the two counters of each pool block are given; what stands before them is the kernel's own.
+    """
+    t, k, h, i, rows = capacity, topk, hidden, intermediate, pool_rows
+    fp8, f32, u32 = torch.float8_e4m3fn, torch.float32, torch.int32
+    return {
+        "x": (fp8, (t, h)),
+        "x_sf": (f32, (t, h // 128)),
+        "topk_idx": (torch.int64, (t, k)),
+        "topk_weights": (f32, (t, k)),
+        "slots": (torch.bfloat16, (k, t, h)),
+        "recv_count": (u32, (ranks, experts // ranks)),
+        "recv_list": (u32, (ranks, experts // ranks, t * k)),
+        "rank_counter": (u32, (1,)),
+        "workspace": (u32, (2, rows // BLOCK_M)),
+        "l1_acts": (fp8, (rows, h)),
+        "l1_acts_sf": (f32, (h // 128, rows)),  # transposed: a tile's scales of one K block are contiguous
+        "l2_acts": (fp8, (rows, i)),
+        "l2_acts_sf": (f32, (i // 64, rows)),
+        "pool_source": (u32, (rows, 2)),
+        "pool_weight": (f32, (rows,)),
+    }

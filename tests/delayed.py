@@ -1,0 +1,92 @@
+"""Builds of the kernel in which one role is late: the sources as they are, with a wait at the head of one function.
+
+The shipped sources have no switch for it. Whatever a role does too early, because another one is usually fast enough,
+shows as a wrong bit or as a timeout in one of these. `python -m tests.delayed` compiles them all ahead of the tests.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from kernel import api, build
+from kernel.config import TILES, Tile
+from kernel.launch import Library
+
+THIRD_OF_BLOCKS = "blockIdx.x % 3 == 1"
+"""Neighbours of a late block are on time, so that the roles of several blocks drift apart."""
+
+
+@dataclass(frozen=True)
+class Delay:
+    """A wait at the head of the one function of this name, where `where` (C++, in sight of its arguments) is true."""
+
+    function: str
+    microseconds: int
+    where: str = THIRD_OF_BLOCKS
+    note: str = ""
+    """When or for whom, in words, where it is not once in a third of the blocks."""
+
+    @property
+    def id(self) -> str:
+        return "-".join(filter(None, (self.function, self.note, f"{self.microseconds}us")))
+
+
+DELAYS = (
+    Delay("pull", 200),
+    Delay("producer_role", 100),
+    Delay("math_role", 100),
+    Delay("announce", 100),
+    Delay("combine", 200),
+    Delay("publish", 200, "r.rank % 2 == 1", "odd_ranks"),
+    Delay("math_role", 50, "threadIdx.x >= 256", "one_warpgroup"),
+    Delay("produce", 20, note="each_task"),
+    Delay("pull_row", 20, "index % 4 == 1", "every_fourth_row"),
+)
+STUCK = Delay("pull", 2_000_000, "blockIdx.x == 0", "first_block")
+"""So late that whoever waits for it has to give up."""
+
+
+def source(delay: Delay) -> str:
+    """The kernel's sources, joined, with the wait in them."""
+    seen: set[Path] = set()
+    text = "".join(build._inlined(build.FOLDER / name, seen) for name in api.SOURCES)
+    head = rf"\b(?:void|bool) {delay.function}\([^;{{}}]*\) \{{"
+    found = len(re.findall(head, text))
+    assert found == 1, f"{found} functions are called {delay.function}; one has to be"
+    now = "static_cast<u32>(ptx::global_timer())"  # 4 s are enough, and the roles have no register to spare
+    wait = f" if ({delay.where}) {{ const u32 late = {now}; while ({now} - late < {delay.microseconds}000u) {{}} }}"
+    return re.sub(head, lambda match: match[0] + wait, text)
+
+
+def compile_delayed(delay: Delay, tile: Tile) -> build.Built:
+    """The gated cubin. `api.compile_moe` makes it, so that everything but the text is the kernel's own."""
+
+    def build_late(_: object, *args: Any, **options: Any) -> build.Built:
+        return build.build_text(source(delay), *args, **options)
+
+    with mock.patch.object(build, "build", build_late):
+        return api.compile_moe(tile)
+
+
+@functools.cache
+def library(delay: Delay, tile: Tile) -> Library:
+    """With the delay given, what a test puts in the place of `api._library`; needs a GPU."""
+    return Library(compile_delayed(delay, tile).cubin)
+
+
+def main() -> None:
+    """Compiles every build, side by side, into the cache that the tests read."""
+    builds = [(delay, tile) for delay in (*DELAYS, STUCK) for tile in TILES]
+    with ProcessPoolExecutor() as pool:
+        for (delay, tile), built in zip(builds, pool.map(compile_delayed, *zip(*builds, strict=True)), strict=True):
+            print(f"{delay.id}, {tile.block_m} rows: {built.sha256[:16]}{' (cached)' if built.cached else ''}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,497 @@
+"""The host side of `fp8_mega_moe`: each rule with a case just outside, launch plans against a fake library, cost.
+
+What needs no GPU runs on CPU tensors: a library that records Params, a device and tensor maps that are made up.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernel import api, arguments, config
+from kernel.adapters import Prepared
+from kernel.adapters.megaproof import MegaproofAdapter
+from kernel.config import TILES, ConfigError, Problem, Tile
+from kernel.launch import Device, TensorMap
+from quant.recipe import Recipe, RecipeError
+from reference.layer import moe_layer
+from tests import inputs
+from tests.cases import SMOKE
+
+HIDDEN, INTER, EXPERTS, TOPK, CAPACITY, SMS = 256, 128, 4, 2, 8, 130
+FP8, F32, BF16 = torch.float8_e4m3fn, torch.float32, torch.bfloat16
+
+
+def weights(ranks: int = 1, device: str = "cpu") -> tuple[Any, Any]:
+    """(l1, l2) of one rank."""
+    e = EXPERTS // ranks
+    l1 = torch.zeros(e, 2 * INTER, HIDDEN, device=device).to(FP8), torch.ones(e, 2, 2, device=device)
+    return l1, (torch.zeros(e, HIDDEN, INTER, device=device).to(FP8), torch.ones(e, 2, 1, device=device))
+
+
+def call(ranks: int | None = None, device: str = "cpu") -> dict[str, Any]:
+    """The arguments of a legal call: of one rank, or of a virtual group."""
+    group = None if ranks is None else api.VirtualGroup(ranks)
+    count = ranks or 1
+    problem = Problem(count, EXPERTS, TOPK, HIDDEN, INTER, CAPACITY)
+    buffer = api.SymmBuffer(group, problem, torch.device(device))
+    ys = [torch.zeros(3 + rank, HIDDEN, dtype=BF16, device=device) for rank in range(count)]
+    l1s, l2s = map(list, zip(*[weights(count, device) for _ in range(count)], strict=True))
+    stats = [torch.zeros(EXPERTS // count, dtype=torch.int32, device=device) for _ in range(count)]
+    names = ("y", "l1_weights", "l2_weights", "cumulative_local_expert_recv_stats")
+    values = (ys, l1s, l2s, stats)
+    lists = dict(zip(names, values if group else [value[0] for value in values], strict=True))
+    return lists | {"sym_buffer": buffer}
+
+
+class FakeLibrary:
+    """Keeps a copy of the Params of every launch."""
+
+    def __init__(self) -> None:
+        self.launches: list[tuple[str, Any, tuple]] = []
+        self.tiles: list[Tile] = []
+        self.encoded = 0
+
+    def of(self, tile: Tile) -> FakeLibrary:
+        self.tiles.append(tile)
+        return self
+
+    def kernel(self, name: str) -> Callable[..., None]:
+        def launch(params: Any, *sizes: int, cooperative: bool) -> None:
+            assert cooperative
+            self.launches.append((name, api.Params.from_buffer_copy(params), sizes))
+
+        return launch
+
+    def map(self, matrix: Tensor, box_rows: int) -> TensorMap:
+        self.encoded += 1
+        return TensorMap((matrix.data_ptr(), *matrix.shape, box_rows))
+
+
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch) -> FakeLibrary:
+    fake = FakeLibrary()
+    monkeypatch.setattr(api, "_library", fake.of)
+    monkeypatch.setattr(api, "tensor_map", fake.map)
+    monkeypatch.setattr(api, "require_device", lambda index=None: Device(0, "NVIDIA H200", "H200", SMS, "580"))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    return fake
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+def changed(tensor: Tensor, how: str) -> Tensor:
+    """The same values with one property wrong."""
+    if how == "strides":
+        return torch.empty(*tensor.shape[:-2], tensor.shape[-1], tensor.shape[-2]).to(tensor.dtype).mT
+    if how == "address":
+        return torch.zeros(tensor.numel() + 1, dtype=tensor.dtype)[1:].view(tensor.shape)
+    return tensor.to("meta")
+
+
+ONE_RANK = {
+    "y dtype": ("y", lambda y: y.float(), "y is torch.float32 \\[3, 256\\]; it must be contiguous torch.bfloat16"),
+    "y dim": ("y", lambda y: y[0], "y is torch.bfloat16 \\[256\\]"),
+    "y hidden": ("y", lambda y: y[:, :-1].contiguous(), "y is torch.bfloat16 \\[3, 255\\]"),
+    "y strides": ("y", lambda y: changed(y, "strides"), "y is .* with strides \\(1, 3\\)"),
+    "y address": (
+        "y",
+        lambda y: changed(y, "address"),
+        "y begins at 0x[0-9a-f]*; its address must be a multiple of 16",
+    ),
+    "y device": ("y", lambda y: changed(y, "device"), "y is on meta; it must be on the buffer's device, cpu"),
+    "y capacity": ("y", lambda y: y.new_zeros(CAPACITY + 1, HIDDEN), "y has 9 tokens; .* num_max_tokens_per_rank = 8"),
+    "y list": ("y", lambda y: [y], "y is a list of 1; it must be a tensor"),
+    "y None": ("y", lambda y: None, "y is None; it must be a tensor"),
+    "l1 bare": ("l1_weights", lambda l1: l1[0], "l1_weights is a Tensor; it must be a tuple"),
+    "l1 three": ("l1_weights", lambda l1: (*l1, None), "l1_weights is a tuple of 3; it must be a tuple"),
+    "l1 None": ("l1_weights", lambda l1: None, "l1_weights is None"),
+    "l1 number": ("l1_weights", lambda l1: (l1[0], 1.0), "l1_weights scales is a float; it must be a tensor"),
+    "l1 dtype": ("l1_weights", lambda l1: (l1[0].view(torch.uint8), l1[1]), "l1_weights is torch.uint8"),
+    "l1 address": ("l1_weights", lambda l1: (changed(l1[0], "address"), l1[1]), "l1_weights begins at"),
+    "l1 scales": ("l1_weights", lambda l1: (l1[0], l1[1].double()), "l1_weights scales is torch.float64"),
+    "l2 shape": ("l2_weights", lambda l2: (l2[0][:3], l2[1]), "l2_weights is .*\\[3, 256, 128\\]; .*\\[4, 256, 128\\]"),
+    "l2 strides": ("l2_weights", lambda l2: (changed(l2[0], "strides"), l2[1]), "l2_weights is .* with strides"),
+    "l2 scales": ("l2_weights", lambda l2: (l2[0], l2[1][:, :1]), "l2_weights scales is torch.float32 \\[4, 1, 1\\]"),
+    "stats": (
+        "cumulative_local_expert_recv_stats",
+        lambda s: s.long(),
+        "cumulative_local_expert_recv_stats is .*int64",
+    ),
+    "stats size": ("cumulative_local_expert_recv_stats", lambda s: s[1:], "_recv_stats is torch.int32 \\[3\\]"),
+    "buffer": ("sym_buffer", lambda b: None, "sym_buffer = None must come from"),
+}
+
+
+@pytest.mark.parametrize("rule", ONE_RANK)
+def test_one_rank_refuses_by_name(library: FakeLibrary, rule: str) -> None:
+    good = call()
+    argument, change, message = ONE_RANK[rule]
+    for _ in range(2):  # the second time with a plan that is in order
+        with pytest.raises(ConfigError, match=message):
+            api.fp8_mega_moe(**good | {argument: change(good[argument])})
+        assert api.fp8_mega_moe(**good) is None
+    assert len(library.launches) == 2
+
+
+GROUP = {
+    "no list": ("y", lambda ys: ys[0], "y is a Tensor; with a VirtualGroup it must be a list, one entry a rank"),
+    "short": ("l1_weights", lambda l1s: l1s[:1], "l1_weights has 1 entries; it must have one for each of 2 ranks"),
+    "rank": ("y", lambda ys: [ys[0], ys[1].half()], "y of rank 1 is torch.float16"),
+    "weights": ("l2_weights", lambda l2s: [l2s[0], l2s[1][::-1]], "l2_weights of rank 1 is torch.float32"),
+    "stats": ("cumulative_local_expert_recv_stats", lambda s: s[:1], "_recv_stats has 1 entries"),
+    "same y": ("y", lambda ys: [ys[0], ys[0]], "y of rank 1 overlaps y of rank 0"),
+    "overlap": ("y", lambda ys: [ys[1][:2], ys[1][1:]], "y of rank 1 overlaps y of rank 0"),
+}
+
+
+@pytest.mark.parametrize("rule", GROUP)
+def test_a_virtual_group_refuses_by_name_and_rank(library: FakeLibrary, rule: str) -> None:
+    good = call(2)
+    argument, change, message = GROUP[rule]
+    with pytest.raises(ConfigError, match=message):
+        api.fp8_mega_moe(**good | {argument: change(good[argument])})
+    both = good["y"][1]
+    api.fp8_mega_moe(**good | {"y": [both[:2], both[2:]], "cumulative_local_expert_recv_stats": [None, None]})
+    api.fp8_mega_moe(**good | {"cumulative_local_expert_recv_stats": None})
+    assert [params.rank[1].tokens for _, params, _ in library.launches] == [2, 4]
+
+
+def test_meta_tensors_are_judged_too() -> None:
+    good = call(2, device="meta")
+    arguments.check_weights(good["sym_buffer"], good["l1_weights"], good["l2_weights"])
+    arguments.check_outputs(good["sym_buffer"], good["y"], [None, None])
+    with pytest.raises(ConfigError, match=r"y of rank 0 is torch\.float32"):
+        arguments.check_outputs(good["sym_buffer"], [y.float() for y in good["y"]], [None, None])
+
+
+@pytest.mark.parametrize(
+    ("options", "entry", "clamp"),
+    [
+        ({}, "moe_fast", None),
+        ({"recipe": [128, 128, 128], "fast_math": False}, "moe_precise", None),
+        ({"activation_clamp": 0}, "moe_fast", 0.0),
+        ({"activation_clamp": math.inf, "fast_math": True}, "moe_fast", None),
+        ({"recipe": Recipe(silu="precise")}, "moe_precise", 10.0),
+        ({"recipe": Recipe(silu="precise"), "fast_math": False, "activation_clamp": 10}, "moe_precise", 10.0),
+    ],
+    ids=str,
+)
+def test_recipes_that_are_taken(library: FakeLibrary, options: dict, entry: str, clamp: float | None) -> None:
+    api.fp8_mega_moe(**call(), **options)
+    ((name, params, sizes),) = library.launches
+    assert (name, params.swiglu.clamped, params.swiglu.clamp) == (entry, clamp is not None, clamp or 0.0)
+    assert sizes == (SMS, config.THREADS, TILES[0].shared_bytes())
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"activation": "gelu"}, ConfigError, "activation = 'gelu' must be 'swiglu'"),
+        ({"activation_clamp": math.nan}, ConfigError, "activation_clamp = nan must be"),
+        ({"activation_clamp": -1e-30}, ConfigError, "activation_clamp = -1e-30 must be"),
+        ({"activation_clamp": "10"}, ConfigError, "activation_clamp = '10' must be"),
+        ({"activation_clamp": [10]}, ConfigError, "activation_clamp = \\[10\\]"),
+        ({"activation_clamp": True}, ConfigError, "activation_clamp = True must be"),
+        ({"fast_math": 2}, ConfigError, "fast_math = 2 must be a bool"),
+        ({"recipe": (1, 128, 128)}, ConfigError, "recipe = \\(1, 128, 128\\) must be"),
+        ({"recipe": None}, ConfigError, "recipe = None"),
+        ({"recipe": Recipe(), "activation_clamp": 9.0}, ConfigError, "activation_clamp = 9.0 must be left out or"),
+        ({"recipe": Recipe(), "fast_math": False}, ConfigError, "fast_math = False must be left out or agree"),
+        ({"recipe": Recipe(silu="precise"), "fast_math": True}, ConfigError, "fast_math = True must be left out"),
+        ({"recipe": Recipe(activation_granularity=128)}, RecipeError, "field activation_granularity = 128"),
+    ],
+    ids=str,
+)
+def test_recipes_that_are_refused(library: FakeLibrary, options: dict, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        api.fp8_mega_moe(**call(), **options)
+    assert not library.launches
+
+
+@pytest.mark.parametrize("value", [-2, EXPERTS])
+def test_check_names_an_index_outside(library: FakeLibrary, value: int) -> None:
+    good = call(2)
+    idx = good["sym_buffer"].rank(1).topk_idx
+    idx[:4] = torch.tensor([[-1, 0], [1, 2], [3, -1], [EXPERTS - 1, -1]])
+    idx[4:] = value  # beyond T
+    api.fp8_mega_moe(**good, check=True)
+    idx[2, 1] = value
+    api.fp8_mega_moe(**good)
+    message = f"topk_idx of rank 1, token 2, slot 1 = {value} must be in \\[-1, {EXPERTS}\\)"
+    with pytest.raises(ConfigError, match=message):
+        api.fp8_mega_moe(**good, check=True)
+    assert len(library.launches) == 2
+
+
+@pytest.mark.parametrize("size", [0, 9, 2.0, True, "2"], ids=repr)
+def test_virtual_groups_have_one_to_eight_ranks(size: Any) -> None:
+    assert [api.VirtualGroup(size).size for size in (1, 8)] == [1, 8]
+    with pytest.raises(ConfigError, match=r"VirtualGroup size = .* must be an int in"):
+        api.VirtualGroup(size)
+
+
+class OnCpu(api.SymmBuffer):
+    """A buffer that asks for no GPU memory."""
+
+    def __init__(self, group: Any, problem: Problem, device: torch.device) -> None:
+        assert device == torch.device("cuda", 0)
+        super().__init__(group, problem, torch.device("cpu"))
+
+
+SIZES = {"num_experts": 4, "num_max_tokens_per_rank": 8, "num_topk": 2, "hidden": 256, "intermediate_hidden": 128}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"group": 2}, "group = 2 must be None, a VirtualGroup or a torch.distributed ProcessGroup"),
+        (
+            {"group": torch.distributed.ProcessGroup(0, 2)},
+            "group = a ProcessGroup of 2 ranks; .* not available in this",
+        ),
+        ({"num_topk": 2.0}, "num_topk = 2.0 must be an int"),
+        ({"hidden": 255}, "hidden = 255 must be"),
+        ({"use_fp8_dispatch": False}, "use_fp8_dispatch = False"),
+        ({"mma_type": "bf16"}, "mma_type = 'bf16' must be 'fp8xfp8'"),
+        ({"activation": "gelu"}, "activation = 'gelu'"),
+    ],
+    ids=["group", "process_group", "num_topk", "hidden", "use_fp8_dispatch", "mma_type", "activation"],
+)
+def test_buffers_refuse_by_name(
+    library: FakeLibrary, monkeypatch: pytest.MonkeyPatch, changes: dict, message: str
+) -> None:
+    monkeypatch.setattr(api, "SymmBuffer", OnCpu)
+    with pytest.raises(ConfigError, match=message):
+        api.get_symm_buffer_for_mega_moe(**{"group": None, **SIZES, **changes})
+    for group in (None, torch.distributed.ProcessGroup(0, 1)):
+        buffer = api.get_symm_buffer_for_mega_moe(group, **SIZES, use_fp8_dispatch=True)
+        assert buffer.group is None
+        assert buffer.x.shape == (8, 256)
+    assert api.get_symm_buffer_for_mega_moe(api.VirtualGroup(2), **SIZES).rank(1).x.shape == (8, 256)
+
+
+def test_a_destroyed_buffer_is_refused(library: FakeLibrary) -> None:
+    good = call()
+    buffer = good["sym_buffer"]
+    api.fp8_mega_moe(**good)
+    assert buffer.x.data_ptr() == buffer.rank(0).x.data_ptr()
+    for _ in range(2):
+        buffer.destroy()
+    assert not hasattr(buffer, "x")
+    assert not hasattr(buffer, "storage")
+    assert not buffer.plans
+    for use in (lambda: api.fp8_mega_moe(**good), lambda: buffer.rank(0)):
+        with pytest.raises(ConfigError, match="sym_buffer was destroyed"):
+            use()
+
+
+def test_the_current_device_must_be_the_buffers(library: FakeLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
+    good = call()
+    api.fp8_mega_moe(**good)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    with pytest.raises(ConfigError, match="sym_buffer is on cuda:0; it must be on the current device, cuda:1"):
+        api.fp8_mega_moe(**good)
+
+
+# --- launch plans -----------------------------------------------------------------------------------------------------
+
+
+def test_the_same_call_encodes_nothing_again(library: FakeLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
+    good = call(2)
+    api.fp8_mega_moe(**good)
+    assert library.encoded == 8
+    others = [torch.zeros(t, HIDDEN, dtype=BF16) for t in (0, CAPACITY)]
+    monkeypatch.setattr(api, "TIMEOUT_S", 0.5)
+    api.fp8_mega_moe(**good | {"y": others, "cumulative_local_expert_recv_stats": None})
+    api.fp8_mega_moe(**good)
+    assert library.encoded == 8
+    assert len(good["sym_buffer"].plans) == 1
+    first, second, third = [params for _, params, _ in library.launches]
+    assert [own.tokens for own in second.rank[:2]] == [0, CAPACITY]
+    assert second.rank[1].y == others[1].data_ptr()
+    assert second.rank[1].stats is None
+    assert (first.timeout_ns, second.timeout_ns) == (10_000_000_000, 500_000_000)
+    third.timeout_ns = first.timeout_ns
+    assert bytes(third) == bytes(first)
+
+
+def test_params_hold_what_was_passed(library: FakeLibrary) -> None:
+    good = call(2)
+    api.fp8_mega_moe(**good)
+    ((_, params, (grid, *_)),) = library.launches
+    assert (grid, params.blocks_per_rank) == (SMS, SMS // 2)
+    assert params.status == good["sym_buffer"].status.data_ptr()
+    for rank in range(2):
+        own, views = params.rank[rank], good["sym_buffer"].rank(rank)
+        (w1, w1_sf), (w2, w2_sf) = good["l1_weights"][rank], good["l2_weights"][rank]
+        rows = good["sym_buffer"].problem.pool_rows
+        assert list(own.l1_acts.opaque[:4]) == [views.l1_acts.data_ptr(), rows, HIDDEN, config.BOX_ROWS]
+        assert list(own.l2_acts.opaque[:4]) == [views.l2_acts.data_ptr(), rows, INTER, config.BOX_ROWS]
+        assert list(own.w1.opaque[:4]) == [w1.data_ptr(), 2 * 2 * INTER, HIDDEN, config.BLOCK_N]
+        assert list(own.w2.opaque[:4]) == [w2.data_ptr(), 2 * HIDDEN, INTER, config.BLOCK_N]
+        assert (own.w1_sf, own.w2_sf) == (w1_sf.data_ptr(), w2_sf.data_ptr())
+        assert (own.y, own.tokens) == (good["y"][rank].data_ptr(), 3 + rank)
+        assert own.stats == good["cumulative_local_expert_recv_stats"][rank].data_ptr()
+        assert params.buffer[rank] == views.storage.data_ptr()
+
+
+def test_other_weights_and_recipes_have_their_own_plan(library: FakeLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "MAX_PLANS", 3)
+    good, (l1, l2) = call(), weights()
+    for options in ({}, {"l1_weights": l1}, {"l2_weights": l2}, {}, {"fast_math": False}, {}):
+        api.fp8_mega_moe(**good | options)
+    assert len(good["sym_buffer"].plans) == 3
+    first, second, third, again, precise, last = [params.rank[0] for _, params, _ in library.launches]
+    assert second.w1.opaque[0] == l1[0].data_ptr() != first.w1.opaque[0]
+    assert (second.w2.opaque[0], second.w1_sf) == (first.w2.opaque[0], l1[1].data_ptr())
+    assert third.w2.opaque[0] == l2[0].data_ptr()
+    assert bytes(first) == bytes(again) == bytes(precise) == bytes(last)
+    assert [name for name, *_ in library.launches].count("moe_precise") == 1
+    assert library.encoded == 2 + 2 * 5  # the plan that was made first went first
+
+
+def test_the_library_is_looked_up_at_every_call(library: FakeLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
+    good, other = call(), FakeLibrary()
+    api.fp8_mega_moe(**good)
+    monkeypatch.setattr(api, "_library", other.of)
+    api.fp8_mega_moe(**good)
+    assert (len(library.launches), len(other.launches)) == (1, 1)
+
+
+def test_the_tile_follows_the_tokens(library: FakeLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "TALL_FROM", CAPACITY * TOPK / EXPERTS)
+    good = call()
+    for tokens in (CAPACITY - 1, CAPACITY, CAPACITY, CAPACITY - 1):
+        api.fp8_mega_moe(**good | {"y": torch.zeros(tokens, HIDDEN, dtype=BF16)})
+    tiles = [TILES[0], TILES[1], TILES[1], TILES[0]]
+    assert library.tiles == tiles
+    assert [sizes[2] for *_, sizes in library.launches] == [tile.shared_bytes() for tile in tiles]
+
+
+def test_names_of_the_public_call() -> None:
+    names = "y l1_weights l2_weights sym_buffer cumulative_local_expert_recv_stats recipe activation activation_clamp"
+    assert list(inspect.signature(api.fp8_mega_moe).parameters) == [*names.split(), "fast_math", "check"]
+
+
+# --- on silicon -------------------------------------------------------------------------------------------------------
+
+
+def ready(smoke: int) -> tuple[MegaproofAdapter, dict[str, Any], list[Tensor]]:
+    """(adapter, arguments of the call, expected y by rank) of a smoke case."""
+    case = SMOKE[smoke]
+    made = inputs.make(case, "cuda")
+    expected = moe_layer(case.recipe, *made.arguments(), experts=case.shape.experts).y
+    adapter = MegaproofAdapter()
+    adapter.prepare(Prepared(case, made, torch.device("cuda")))
+    l1s, l2s = map(list, zip(*adapter.weights, strict=True))
+    names = {"y": adapter.outputs, "l1_weights": l1s, "l2_weights": l2s, "sym_buffer": adapter.buffer}
+    return adapter, names | {"recipe": case.recipe}, expected
+
+
+def equal(found: list[Tensor], expected: list[Tensor]) -> bool:
+    pairs = zip(found, expected, strict=True)
+    return all(torch.equal(a.view(torch.int16), b.to(a.device).view(torch.int16)) for a, b in pairs)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("smoke", [0, 3], ids=["one_rank", "eight_ranks"])
+def test_host_cost(smoke: int) -> None:
+    _, arguments, _ = ready(smoke)
+    calls = [arguments, arguments | {"y": [y.clone() for y in arguments["y"]]}]
+    medians = []
+    for step in (0, 1):  # the same y; another y at every call
+        times = []
+        for turn in range(2100):
+            if turn % 50 == 0:
+                torch.cuda.synchronize()  # or the host waits for room in the queue
+            passed = calls[turn * step % 2]
+            start = time.perf_counter_ns()
+            api.fp8_mega_moe(**passed)
+            times.append(time.perf_counter_ns() - start)
+        medians.append(statistics.median(times[100:]) / 1e3)
+    arguments["sym_buffer"].check()
+    print("host cost of a call: {:.1f} us; {:.1f} us with another y".format(*medians))
+    assert smoke or medians[0] < 15
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("smoke", [0, 3], ids=["one_rank", "eight_ranks"])
+def test_plans_follow_their_arguments(smoke: int) -> None:
+    _, arguments, expected = ready(smoke)
+    buffer, first = arguments["sym_buffer"], arguments["y"]
+
+    def launched(**changes: Any) -> list[Tensor]:
+        y = changes.pop("y", None) or [torch.full_like(y, math.nan) for y in first]
+        api.fp8_mega_moe(**arguments | {"y": y} | changes)
+        buffer.check()
+        return y
+
+    assert equal(launched(y=first), expected)
+    assert equal(launched(), expected)
+    fewer = launched(y=[torch.full_like(y[:-1], math.nan) for y in first])
+    assert equal(fewer, [y[:-1] for y in expected])
+    copies = [(w2.clone(), 2 * w2_sf) for w2, w2_sf in arguments["l2_weights"]]
+    doubled = [2 * y for y in expected]
+    assert equal(launched(l2_weights=copies), doubled)
+    assert equal(launched(), expected)
+    for _, w2_sf in copies:
+        w2_sf.mul_(0.5)
+    assert equal(launched(l2_weights=copies), expected)
+    assert len(buffer.plans) == 2
+
+
+@pytest.mark.gpu
+def test_a_thread_that_never_used_the_device() -> None:
+    _, arguments, expected = ready(0)
+    api.fp8_mega_moe(**arguments)
+    torch.cuda.synchronize()
+    arguments["y"][0].fill_(math.nan)
+    torch.cuda.synchronize()
+    thread = threading.Thread(target=api.fp8_mega_moe, kwargs=arguments)
+    thread.start()
+    thread.join()
+    arguments["sym_buffer"].check()
+    assert equal(arguments["y"], expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("smoke", [0, 3], ids=["one_rank", "eight_ranks"])
+def test_a_graph_replays_what_eager_computes(smoke: int) -> None:
+    adapter, arguments, expected = ready(smoke)
+    buffer, captured = arguments["sym_buffer"], arguments["y"]
+    api.fp8_mega_moe(**arguments)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        api.fp8_mega_moe(**arguments)
+        with pytest.raises(ConfigError, match="check = True reads indices back"):
+            api.fp8_mega_moe(**arguments, check=True)
+    eager = [torch.empty_like(y) for y in captured]
+    generator = torch.Generator(device="cuda").manual_seed(1)
+    for replay in range(100):
+        for y in (*captured, *eager):
+            y.fill_(math.nan)
+        if replay:
+            for rank, tokens in enumerate(SMOKE[smoke].tokens):
+                views = buffer.rank(rank)
+                order = torch.randperm(tokens, device="cuda", generator=generator)
+                views.topk_idx[:tokens] = views.topk_idx[:tokens][order].roll(1, 0)
+                views.x.view(torch.uint8)[:tokens] = views.x.view(torch.uint8)[:tokens][order]
+                views.x_sf[:tokens] = views.x_sf[:tokens][order]
+        api.fp8_mega_moe(**arguments | {"y": eager}, check=True)
+        graph.replay()
+        buffer.check()
+        assert equal(captured, eager)
+        assert replay or equal(captured, expected)
+    adapter.close()

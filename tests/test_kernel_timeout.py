@@ -1,0 +1,69 @@
+"""A role that waits in vain: it gives up within the time limit, says for what it waited, and leaves the GPU usable."""
+
+from __future__ import annotations
+
+import re
+import time
+
+import pytest
+import torch
+
+from kernel import api
+from kernel.adapters import Prepared
+from kernel.adapters.megaproof import MegaproofAdapter
+from kernel.config import choose_tile
+from quant.recipe import SHAPES
+from reference.layer import moe_layer
+from tests import delayed, inputs
+from tests.cases import Case
+from tests.compare import same
+
+LIMIT_S = 0.2
+MESSAGE = r"rank (\d+), block (\d+) waited for ([a-zA-Z0-9 ]+): expected (\d+), saw (\d+)"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [(4000,), (500,) * 8], ids=lambda tokens: f"r{len(tokens)}")
+def test_who_waits_in_vain_gives_up_and_the_next_launch_is_right(
+    tokens: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = Case(SHAPES["smoke"], tokens)
+    made = inputs.make(case, "cuda")
+    prepared = Prepared(case, made, torch.device("cuda"))
+    stuck, fresh = MegaproofAdapter(), MegaproofAdapter()
+    stuck.prepare(prepared)
+    assert stuck.buffer is not None
+    late = delayed.library(delayed.STUCK, choose_tile(stuck.buffer.problem, max(tokens)))  # before the clock starts
+    with monkeypatch.context() as patch:
+        patch.setattr(api, "TIMEOUT_S", LIMIT_S)
+        patch.setattr(api, "_library", lambda tile: late)
+        start = time.perf_counter()
+        with pytest.raises(api.KernelTimeout) as caught:
+            stuck.launch()
+    seconds = time.perf_counter() - start
+    print(f"after {seconds:.2f} s: {caught.value}")
+    # The stuck role ends after two seconds by itself; nobody waits much longer than for it.
+    assert LIMIT_S < seconds < delayed.STUCK.microseconds / 1e6 + 1
+
+    message = re.fullmatch(MESSAGE, str(caught.value))
+    assert message, f"{caught.value} names no rank, block, counter, expected and seen value"
+    rank, _, counter, expected, seen = message.groups()
+    assert int(rank) < case.ranks
+    assert counter in api.COUNTERS.values()
+    assert expected != seen
+    if case.ranks == 1:
+        # Every block begins with a tile of GEMM 1, and nearly every pool block has a row of the stuck block.
+        assert counter in ("rows of a pool block", "L1 tiles of a pool block")
+        assert int(seen) < int(expected)
+    stuck.buffer.check()  # raised once, then forgotten
+    stuck.close()
+
+    torch.cuda.synchronize()
+    fresh.prepare(prepared)
+    fresh.fill(0xFF)
+    fresh.launch()
+    wanted = moe_layer(case.recipe, *made.arguments(), experts=case.shape.experts)
+    for r in range(case.ranks):
+        same(f"y of rank {r}", wanted.y[r], fresh.y()[r])
+        same(f"stats of rank {r}", wanted.stats[r], fresh.stats()[r])
+    fresh.close()
