@@ -53,8 +53,8 @@ TILES = (Tile(128, 6), Tile(256, 4))
 TALL_FROM = 112
 """Rows an expert, on average, from which the tall tile is faster on an H200: it reads the weights half as often.
 
-Measured, short against tall, us: 96 rows 353.7, 352.7 (flash T 512) and 1184, 1199 (pro T 768); 120 rows 424, 396
-(flash T 640); 128 rows 1667, 1420 (pro T 1024).
+By events, just before the last change of gemm.cuh; short against tall, us: 96 rows 353.7, 352.7 (flash T 512) and 1184,
+1199 (pro T 768); 120 rows 424, 396 (flash T 640); 128 rows 1667, 1420 (pro T 1024).
 """
 
 

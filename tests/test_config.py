@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import re
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernel import api
+from kernel import api, config
+from kernel.build import FOLDER
 from kernel.config import MAX_EXPERTS, MAX_RANKS, SHARED_LIMIT, TILES, ConfigError, Problem, choose_tile
 
 GOOD = {"ranks": 8, "experts": 256, "topk": 6, "hidden": 4096, "intermediate": 2048, "capacity": 64}
@@ -22,6 +24,23 @@ def test_shared_memory_fits_a_block() -> None:
 @pytest.mark.parametrize(("tokens", "block_m"), [(0, 128), (8, 128), (597, 128), (598, 256), (1024, 256)])
 def test_the_tall_tile_is_for_many_rows_an_expert(tokens: int, block_m: int) -> None:
     assert choose_tile(Problem(**GOOD | {"capacity": 1024}), tokens).block_m == block_m
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "value"),
+    [
+        ("params.cuh", "kMaxRanks", config.MAX_RANKS),
+        ("params.cuh", "kMaxExperts", config.MAX_EXPERTS),
+        ("scheduler.cuh", "kBoxRows", config.BOX_ROWS),
+        ("scheduler.cuh", "kBlockN", config.BLOCK_N),
+        ("dispatch.cuh", "kChunk", config.TRANSIT_BYTES),
+        ("storage.cuh", "kDispatchWarps", config.DISPATCH_WARPS),
+        ("storage.cuh", "kMathWarps", (config.THREADS - 128) // 32),
+        ("gemm.cuh", "kBlockK", config.BLOCK_K),
+    ],
+)
+def test_host_and_kernel_have_the_same_constants(file: str, name: str, value: int) -> None:
+    assert re.findall(rf"\b{name} = (\d+)[,;]", (FOLDER / file).read_text()) == [str(value)]
 
 
 def test_params_fit_the_argument_space() -> None:

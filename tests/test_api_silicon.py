@@ -1,0 +1,131 @@
+"""The host side of `fp8_mega_moe` on a GPU: cost of a call, plans that follow their arguments, threads, CUDA graphs."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import threading
+import time
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernel import api
+from kernel.adapters import Prepared
+from kernel.adapters.megaproof import MegaproofAdapter
+from kernel.config import ConfigError
+from reference.layer import moe_layer
+from tests import inputs
+from tests.cases import SMOKE
+
+
+def ready(smoke: int) -> tuple[MegaproofAdapter, dict[str, Any], list[Tensor]]:
+    """(adapter, arguments of the call, expected y by rank) of a smoke case."""
+    case = SMOKE[smoke]
+    made = inputs.make(case, "cuda")
+    expected = moe_layer(case.recipe, *made.arguments(), experts=case.shape.experts).y
+    adapter = MegaproofAdapter()
+    adapter.prepare(Prepared(case, made, torch.device("cuda")))
+    l1s, l2s = map(list, zip(*adapter.weights, strict=True))
+    names = {"y": adapter.outputs, "l1_weights": l1s, "l2_weights": l2s, "sym_buffer": adapter.buffer}
+    return adapter, names | {"recipe": case.recipe}, expected
+
+
+def equal(found: list[Tensor], expected: list[Tensor]) -> bool:
+    pairs = zip(found, expected, strict=True)
+    return all(torch.equal(a.view(torch.int16), b.to(a.device).view(torch.int16)) for a, b in pairs)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("smoke", [0, 3], ids=["one_rank", "eight_ranks"])
+def test_host_cost(smoke: int) -> None:
+    _, arguments, _ = ready(smoke)
+    calls = [arguments, arguments | {"y": [y.clone() for y in arguments["y"]]}]
+    medians = []
+    for step in (0, 1):  # the same y; another y at every call
+        times = []
+        for turn in range(2100):
+            if turn % 50 == 0:
+                torch.cuda.synchronize()  # or the host waits for room in the queue
+            passed = calls[turn * step % 2]
+            start = time.perf_counter_ns()
+            api.fp8_mega_moe(**passed)
+            times.append(time.perf_counter_ns() - start)
+        medians.append(statistics.median(times[100:]) / 1e3)
+    arguments["sym_buffer"].check()
+    print("host cost of a call: {:.1f} us; {:.1f} us with another y".format(*medians))
+    assert smoke or medians[0] < 15
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("smoke", [0, 3], ids=["one_rank", "eight_ranks"])
+def test_plans_follow_their_arguments(smoke: int) -> None:
+    _, arguments, expected = ready(smoke)
+    buffer, first = arguments["sym_buffer"], arguments["y"]
+
+    def launched(**changes: Any) -> list[Tensor]:
+        y = changes.pop("y", None) or [torch.full_like(y, math.nan) for y in first]
+        api.fp8_mega_moe(**arguments | {"y": y} | changes)
+        buffer.check()
+        return y
+
+    assert equal(launched(y=first), expected)
+    assert equal(launched(), expected)
+    fewer = launched(y=[torch.full_like(y[:-1], math.nan) for y in first])
+    assert equal(fewer, [y[:-1] for y in expected])
+    copies = [(w2.clone(), 2 * w2_sf) for w2, w2_sf in arguments["l2_weights"]]
+    doubled = [2 * y for y in expected]
+    assert equal(launched(l2_weights=copies), doubled)
+    assert equal(launched(), expected)
+    for _, w2_sf in copies:
+        w2_sf.mul_(0.5)
+    assert equal(launched(l2_weights=copies), expected)
+    assert len(buffer.plans) == 2
+
+
+@pytest.mark.gpu
+def test_a_thread_that_never_used_the_device() -> None:
+    _, arguments, expected = ready(0)
+    api.fp8_mega_moe(**arguments)
+    torch.cuda.synchronize()
+    arguments["y"][0].fill_(math.nan)
+    torch.cuda.synchronize()
+    thread = threading.Thread(target=api.fp8_mega_moe, kwargs=arguments)
+    thread.start()
+    thread.join()
+    arguments["sym_buffer"].check()
+    assert equal(arguments["y"], expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("smoke", [0, 3], ids=["one_rank", "eight_ranks"])
+def test_a_graph_replays_what_eager_computes(smoke: int) -> None:
+    adapter, arguments, expected = ready(smoke)
+    buffer, captured = arguments["sym_buffer"], arguments["y"]
+    api.fp8_mega_moe(**arguments)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        api.fp8_mega_moe(**arguments)
+        with pytest.raises(ConfigError, match="check = True reads indices back"):
+            api.fp8_mega_moe(**arguments, check=True)
+    eager = [torch.empty_like(y) for y in captured]
+    generator = torch.Generator(device="cuda").manual_seed(1)
+    for replay in range(100):
+        for y in (*captured, *eager):
+            y.fill_(math.nan)
+        if replay:
+            for rank, tokens in enumerate(SMOKE[smoke].tokens):
+                views = buffer.rank(rank)
+                order = torch.randperm(tokens, device="cuda", generator=generator)
+                views.topk_idx[:tokens] = views.topk_idx[:tokens][order].roll(1, 0)
+                views.x.view(torch.uint8)[:tokens] = views.x.view(torch.uint8)[:tokens][order]
+                views.x_sf[:tokens] = views.x_sf[:tokens][order]
+        api.fp8_mega_moe(**arguments | {"y": eager}, check=True)
+        graph.replay()
+        buffer.check()
+        assert equal(captured, eager)
+        assert replay or equal(captured, expected)
+    adapter.close()
