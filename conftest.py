@@ -38,6 +38,8 @@ KERNEL_PROPERTY = "kernel"
 """Property of a test that compared a kernel with the reference."""
 NOT_CLAIMED = "not claimed"
 """Start of the skip of a recipe that an adapter says it can't run: a statement about the kernel, not a missing GPU."""
+OUT_OF_MEMORY = "out of GPU memory, which says nothing about the kernel: fewer workers (-n), or a GPU that is free"
+"""Note of an error that is not the kernel's."""
 CHOOSES_DISTRIBUTION = pytest.StashKey[bool]()
 """Whether the command line says how pytest-xdist distributes tests."""
 SEED_BITS = 64
@@ -260,6 +262,17 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.fail(f"a case without a GPU under --require-gpu: {reason}", pytrace=False)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
+    """After a test, whatever it was, its GPU memory is there for the workers beside this one."""
+    result = yield  # pytest has let go of the test's fixtures by now, which it has not when they are torn down
+    if "torch" in sys.modules and (item.get_closest_marker("gpu") or _case(item)):
+        from tests import memory
+
+        memory.free()
+    return result
+
+
 # ---- Verdicts --------------------------------------------------------------------------------------------------------
 
 
@@ -269,6 +282,17 @@ def _python(root: Path) -> str:
     if root == ROOT and executable.is_relative_to(ROOT):
         return str(executable.relative_to(ROOT))
     return next((name for name in ("python", "python3") if shutil.which(name) == sys.executable), sys.executable)
+
+
+def _out_of_memory(error: BaseException | None) -> bool:
+    """Whether torch ran out of GPU memory: this error, or one that it came from."""
+    torch, seen = sys.modules.get("torch"), set()
+    while torch and error and id(error) not in seen:
+        if isinstance(error, torch.OutOfMemoryError):
+            return True
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _reproduce(item: pytest.Item | pytest.Collector) -> str:
@@ -290,6 +314,8 @@ def _reproduce(item: pytest.Item | pytest.Collector) -> str:
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    if call.excinfo and _out_of_memory(call.excinfo.value):
+        call.excinfo.value.add_note(OUT_OF_MEMORY)
     report = yield
     expected = hasattr(report, "wasxfail")
     gpu_skip = report.skipped and not expected and item.get_closest_marker("gpu")

@@ -11,10 +11,13 @@ from typing import Annotated, Any
 
 import typer
 
-from kernel import api, dense, grouped, probe, sass
+from kernel import api, dense, grouped, probe, sass, stream
 from kernel.bench import bench_command
+from kernel.bench.dense_rows import dense_command
 from kernel.build import BuildError, Built, EnvironmentMissing, write_pins
-from kernel.config import TILES, Tile
+from kernel.config import ring_bytes, shared_bytes
+from kernel.floor import floor_command
+from kernel.phases import phases_command
 from quant import twin_gpu
 
 
@@ -31,23 +34,22 @@ class Target:
     """Whether its warpgroups share out registers (setmaxnreg)."""
 
 
-def _moe(tile: Tile) -> Target:
-    return Target(partial(api.compile_moe, tile), lambda entry: tile.shared_bytes(), ("moe_",), True)
-
-
 TARGETS: dict[str, Target] = {
     "probes": Target(probe.compile_probes, gemm=("wgmma_",)),
     "twin": Target(twin_gpu.compile_twin),
-    "dense": Target(
-        dense.compile_dense, lambda entry: dense.shared_bytes(int(entry.removeprefix("dense_"))), ("dense_",), True
-    ),
-    "grouped": Target(grouped.compile_grouped, lambda entry: dense.shared_bytes(grouped.GROUP), ("grouped_",), True),
-    **{f"moe_{tile.block_m}x{tile.stages}": _moe(tile) for tile in TILES},
+    "dense": Target(dense.compile_dense, lambda entry: ring_bytes(), ("dense_",), True),
+    "grouped": Target(grouped.compile_grouped, lambda entry: ring_bytes(), ("grouped_",), True),
+    "moe": Target(api.compile_moe, lambda entry: shared_bytes(), ("moe_",), True),
+    "moe_g128": Target(partial(api.compile_moe, 128), lambda entry: shared_bytes(), ("moe_",), True),
+    "stream": Target(stream.compile_stream, lambda entry: stream.SHARED_BYTES),
 }
-"""A tile of the fused kernel is a cubin; the number of SMs is a run-time value, so one serves every chip."""
+"""Ranks and SMs are run-time values, and one tile serves all shapes: the fused kernel is a cubin a granularity."""
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 app.command("bench")(bench_command)
+app.command("dense")(dense_command)
+app.command("phases")(phases_command)
+app.command("floor")(floor_command)
 
 
 @app.callback()

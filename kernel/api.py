@@ -7,14 +7,17 @@ weights were seen before finds its launch plan, patches y and statistics if they
 from __future__ import annotations
 
 import ctypes
+import weakref
 from functools import cache
+from itertools import chain
+from operator import call, is_
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernel import arguments, build
-from kernel.config import BLOCK_N, BOX_ROWS, THREADS, TILES, ConfigError, Problem, Tile, choose_tile
+from kernel.config import BOX_ROWS, THREADS, TURN_N, ConfigError, Problem, shared_bytes
 from kernel.launch import Library, require_device, tensor_map
 from kernel.params import SHAPE_FIELDS, KernelShape, Layout, Params, RankParams, Swiglu
 from kernel.symm import COUNTERS, KernelTimeout, RankViews, SymmBuffer, VirtualGroup, local_group
@@ -50,18 +53,17 @@ MAX_PLANS = 256
 """Launch plans that a buffer keeps: more than a model has layers, of 5 KB each."""
 
 
-def compile_moe(tile: Tile) -> build.Built:
-    """The gated cubin of a tile configuration; needs NVRTC but no GPU."""
-    sizes = {"SHARED_BYTES": tile.shared_bytes(), "PARAMS_BYTES": ctypes.sizeof(Params)}
-    defines = sizes | {"BLOCK_M": tile.block_m, "STAGES": tile.stages}
-    built = build.build(SOURCES, ENTRIES, defines=defines)
+def compile_moe(granularity: int = 64) -> build.Built:
+    """The gated cubin for one of `config.GRANULARITIES`; needs NVRTC but no GPU."""
+    sizes = {"SHARED_BYTES": shared_bytes(), "PARAMS_BYTES": ctypes.sizeof(Params), "GRANULARITY": granularity}
+    built = build.build(SOURCES, ENTRIES, defines=sizes)
     build.gate(built)
     return built
 
 
 @cache
-def _library(tile: Tile) -> Library:
-    return Library(compile_moe(tile).cubin)
+def _library(granularity: int) -> Library:
+    return Library(compile_moe(granularity).cubin)
 
 
 # --- before the first launch ------------------------------------------------------------------------------------------
@@ -77,12 +79,15 @@ def get_symm_buffer_for_mega_moe(
     use_fp8_dispatch: bool | None = None,
     mma_type: str = "fp8xfp8",
     activation: str = "swiglu",
+    ring_blocks: int | None = None,
 ) -> SymmBuffer:
     """Symmetric memory for one layer shape, on the current device.
 
     group: None or a torch.distributed group of one rank: one rank; VirtualGroup(R): R ranks on this GPU.
     Views (a rank): x float8_e4m3fn [capacity, H], x_sf float32 [capacity, H/128], topk_idx int64 [capacity, K], with -1
-    for an empty slot, topk_weights float32 [capacity, K]. Raises ConfigError by argument, value and rule.
+    for an empty slot, topk_weights float32 [capacity, K]. Activations pass through a ring of blocks of 128 rows:
+    ring_blocks of them, None: config.RING_BLOCKS. No bit depends on it; a ring that holds all blocks keeps every row,
+    so that l1_acts, l2_acts and their scales can be read back. Raises ConfigError by argument, value and rule.
     """
     if use_fp8_dispatch not in (None, True):
         raise ConfigError(f"use_fp8_dispatch = {use_fp8_dispatch!r}: tokens travel as FP8 (None or True)")
@@ -99,7 +104,9 @@ def get_symm_buffer_for_mega_moe(
     for name, size in sizes.items():
         if type(size) is not int:
             raise ConfigError(f"{name} = {size!r} must be an int")
-    problem = Problem(1 if group is None else group.size, *sizes.values())
+    if ring_blocks is not None and type(ring_blocks) is not int:
+        raise ConfigError(f"ring_blocks = {ring_blocks!r} must be None or an int")
+    problem = Problem(1 if group is None else group.size, *sizes.values(), ring=ring_blocks)
     return SymmBuffer(group, problem, torch.device("cuda", require_device().index))
 
 
@@ -140,9 +147,9 @@ def fp8_mega_moe(
     transformed (fp8 [E_loc, 2I, H], float32 [E_loc, 2I/128, H/128]) and (fp8 [E_loc, H, I], float32
     [E_loc, H/128, I/128]) of the rank's experts. cumulative_local_expert_recv_stats: int32 [E_loc], added to. With a
     VirtualGroup y, weights and stats are lists, one entry a rank. recipe: the tuple, with activation_clamp (None: no
-    clamp) and fast_math (None: True); or a Recipe, with which the two are left out or agree. check: reads the inputs'
-    indices back and refuses values outside [-1, E) (waits for the stream, so not while a graph is captured); that
-    shapes, dtypes and recipe are one for all ranks is checked always.
+    clamp) and fast_math (None: True); or a Recipe, of granularity 64 or 128, with which the two are left out or agree.
+    check: reads the inputs' indices back and refuses values outside [-1, E) (waits for the stream, so not while a graph
+    is captured); that shapes, dtypes and recipe are one for all ranks is checked always.
     Raises ConfigError or RecipeError naming argument, value and rule; EnvironmentMissing without an SM90 GPU.
     """
     _only("activation", activation, "swiglu")
@@ -152,40 +159,73 @@ def fp8_mega_moe(
     sym_buffer.require()
     stats = cumulative_local_expert_recv_stats
     if sym_buffer.group is None:
-        ys, l1s, l2s, stats = (y,), (l1_weights,), (l2_weights,), (stats,)
+        ys, l1s, l2s, stats = (y,), (l1_weights,), (l2_weights,), None if stats is None else (stats,)
     else:
         ys, l1s, l2s = y, l1_weights, l2_weights
-        stats = (None,) * sym_buffer.problem.ranks if stats is None else stats
+    counts = (None,) * sym_buffer.problem.ranks if stats is None else stats
     try:
-        pairs = zip(l1s, l2s, strict=True)
-        weights = (
-            chosen.silu,
-            chosen.clamp,
-            *[(_key(w1), _key(s1), _key(w2), _key(s2)) for (w1, s1), (w2, s2) in pairs],
-        )
-        outputs = [(_key(out), _key(counts)) for out, counts in zip(ys, stats, strict=True)]
-    except (AttributeError, TypeError, ValueError):  # no tensors, no pairs, or of different lengths
+        weights = [*chain(*l1s, *l2s)]
+        outputs = [*ys] if stats is None else [*ys, *stats]
+        key = (chosen.silu, chosen.clamp, chosen.activation_granularity, *map(Tensor.data_ptr, weights))
+        places = [None if out is None else out.data_ptr() for out in outputs]
+        places += [stats is None, *[out.shape for out in ys]]
+    except (AttributeError, TypeError):  # no tensors, or no pairs
         arguments.check_weights(sym_buffer, l1s, l2s)
-        arguments.check_outputs(sym_buffer, ys, stats)
+        arguments.check_outputs(sym_buffer, ys, counts)
         raise
-    plan = sym_buffer.plans.get(weights)
-    if plan is None:
+    plan = sym_buffer.plans.get(key)
+    known = plan is not None and plan.weights.covers(weights)
+    kept = plan is not None and plan.places == places and plan.outputs.covers(outputs)
+    if not known:
         arguments.check_weights(sym_buffer, l1s, l2s)
-    if plan is None or plan.outputs != outputs:
-        arguments.check_outputs(sym_buffer, ys, stats)
+    if not kept:
+        arguments.check_outputs(sym_buffer, ys, counts)
     if check:
         _check_indices(sym_buffer, ys)
     if plan is None:
         plan = _Plan(sym_buffer, chosen, l1s, l2s)
         if len(sym_buffer.plans) >= MAX_PLANS:
             del sym_buffer.plans[next(iter(sym_buffer.plans))]
-        sym_buffer.plans[weights] = plan
-    plan.launch(ys, stats, outputs)
+        sym_buffer.plans[key] = plan
+    if not known:
+        plan.weights = _Judged(weights)
+    if not kept:
+        plan.patch(ys, counts)
+        plan.outputs, plan.places = _Judged(outputs), places
+    plan.launch()
 
 
-def _key(tensor: Tensor | None) -> tuple | None:
-    """All that a launch takes from a tensor. An address is of one device, and lives as long as whoever passes it."""
-    return None if tensor is None else (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+class _Judged:
+    """Tensors (or None) that were in order. Held weakly: a plan keeps no memory alive."""
+
+    def __init__(self, tensors: list[Tensor | None]) -> None:
+        self.forms = [*map(_form, tensors)]
+        self.references = _references(tensors)
+
+    def covers(self, tensors: list[Tensor | None]) -> bool:
+        """Whether these, as many of them at the same addresses, are the very objects, or others of the same form.
+
+        A tensor in memory that was freed is another object, so its form is compared. What changes in place is seen
+        where its address does, and y by its shape too. A resize that keeps the address is not seen in weights and
+        stats, nor are strides: the launch stays in the memory that was judged. Data swapped in place for fewer rows at
+        the very same address is a caller's error that goes unseen.
+        """
+        if all(map(is_, map(call, self.references), tensors)):
+            return True
+        if self.forms != [*map(_form, tensors)]:
+            return False
+        self.references = _references(tensors)
+        return True
+
+
+def _references(tensors: list[Tensor | None]) -> list[Any]:
+    """Called, each gives its tensor, or None."""
+    return [type(None) if tensor is None else weakref.ref(tensor) for tensor in tensors]
+
+
+def _form(tensor: Tensor | None) -> tuple | None:
+    """All that is judged of a tensor beside its address, which is of one device."""
+    return None if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype)
 
 
 def _check_indices(buffer: SymmBuffer, ys: Any) -> None:
@@ -206,31 +246,31 @@ class _Plan:
             buffer.template = _template(buffer)
         self.device = buffer.device.index or 0
         self.problem, self.entry = buffer.problem, f"moe_{recipe.silu}"
-        self.tile = TILES[0]
-        self.shared = self.tile.shared_bytes()
+        self.granularity = recipe.activation_granularity
+        self.shared = shared_bytes()
         self.params = Params.from_buffer_copy(buffer.template)
         self.grid = self.params.blocks_per_rank * buffer.problem.ranks
         self.params.swiglu = Swiglu(recipe.clamp or 0.0, recipe.clamp is not None)
         self.ranks = [self.params.rank[rank] for rank in range(buffer.problem.ranks)]
         for own, (w1, w1_sf), (w2, w2_sf) in zip(self.ranks, l1s, l2s, strict=True):
-            own.w1, own.w2 = _map(w1.view(-1, w1.shape[2]), BLOCK_N), _map(w2.view(-1, w2.shape[2]), BLOCK_N)
+            own.w1, own.w2 = _map(w1.view(-1, w1.shape[2]), TURN_N), _map(w2.view(-1, w2.shape[2]), TURN_N)
             own.w1_sf, own.w2_sf = w1_sf.data_ptr(), w2_sf.data_ptr()
-        self.outputs: list | None = None
-        """Keys of y and stats that the params hold."""
+        self.weights, self.outputs = _Judged([]), _Judged([])
+        """The weights, at this plan's addresses; y and stats, where `places` says."""
+        self.places: list | None = None
+        """Addresses of y and stats that the params hold, whether there are no stats, the shape of each y."""
 
-    def launch(self, ys: Any, stats: Any, outputs: list) -> None:
+    def patch(self, ys: Any, stats: Any) -> None:
+        for own, y, counts in zip(self.ranks, ys, stats, strict=True):
+            own.y, own.tokens = y.data_ptr(), y.shape[0]
+            own.stats = None if counts is None else counts.data_ptr()
+
+    def launch(self) -> None:
         if torch.cuda.current_device() != self.device:
             current = f"cuda:{torch.cuda.current_device()}"
             raise ConfigError(f"sym_buffer is on cuda:{self.device}; it must be on the current device, {current}")
-        if self.outputs != outputs:
-            for own, y, counts in zip(self.ranks, ys, stats, strict=True):
-                own.y, own.tokens = y.data_ptr(), y.shape[0]
-                own.stats = None if counts is None else counts.data_ptr()
-            self.outputs = outputs
-            self.tile = choose_tile(self.problem, max(y.shape[0] for y in ys))
-            self.shared = self.tile.shared_bytes()
         self.params.timeout_ns = int(TIMEOUT_S * 1e9)
-        kernel = _library(self.tile).kernel(self.entry)
+        kernel = _library(self.granularity).kernel(self.entry)
         kernel(self.params, self.grid, THREADS, self.shared, cooperative=True)
 
 

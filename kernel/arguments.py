@@ -71,17 +71,21 @@ def check_outputs(buffer: SymmBuffer, ys: Any, stats: Any) -> None:
             rule = f"the buffer holds num_max_tokens_per_rank = {problem.capacity}"
             raise ConfigError(f"{name} has {y.shape[0]} tokens; {rule}")
     if len(ys) > 1:
-        _check_disjoint(ys)
+        _check_disjoint("y", ys)
     for name, counts in _by_rank(buffer, STATS, stats):
         if counts is not None:
             _check_tensor(buffer, name, counts, torch.int32, (problem.experts_local,), align=4)
+    if len(stats) > 1:
+        _check_disjoint(STATS, stats)
 
 
-def _check_disjoint(ys: Sequence[Tensor]) -> None:
-    spans = sorted((y.data_ptr(), y.data_ptr() + y.nbytes, r) for r, y in enumerate(ys) if y.numel() and not y.is_meta)
+def _check_disjoint(name: str, tensors: Sequence[Tensor | None]) -> None:
+    real = [(rank, t) for rank, t in enumerate(tensors) if t is not None and t.numel() and not t.is_meta]
+    spans = sorted((t.data_ptr(), t.data_ptr() + t.nbytes, rank) for rank, t in real)
     for (_, end, first), (start, _, second) in pairwise(spans):
         if start < end:
-            raise ConfigError(f"y of rank {second} overlaps y of rank {first}; each rank must have its own memory")
+            others = f"{name} of rank {first}"
+            raise ConfigError(f"{name} of rank {second} overlaps {others}; each rank must have its own memory")
 
 
 def check_indices(problem: Problem, views: Sequence[RankViews], tokens: Sequence[int]) -> None:

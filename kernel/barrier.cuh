@@ -4,7 +4,7 @@
 
 namespace barrier {
 
-enum Counter : u32 { kGeneration = 1, kRanks = 2, kBlockRows = 3, kBlockL1Tiles = 4, kStage = 5 };
+enum Counter : u32 { kGeneration = 1, kRanks = 2, kBlockRows = 3, kBlockL1Tiles = 4, kBlockL2Tiles = 5 };
 
 __device__ __forceinline__ bool failed(const Params& p) { return ptx::load_relaxed(&p.status->flag) != 0; }
 
@@ -37,7 +37,7 @@ __device__ __forceinline__ bool meet_rank(const layout::Rank& r, Last last) {
     __syncthreads();
     if (threadIdx.x == 0) {
         Workspace& w = r.workspace();
-        ptx::fence_system();  // cumulative: what the block wrote before __syncthreads goes first
+        if (r.p.shape.ranks > 1) ptx::fence_system();  // what the block wrote to peers before __syncthreads goes first
         generation = ptx::load_relaxed(&w.generation);
         is_last = ptx::atomic_add_acq_rel(&w.arrived, 1) == r.blocks - 1;
         ok = 1;
@@ -67,7 +67,7 @@ __device__ __forceinline__ bool meet(const layout::Rank& r, Publish publish) {
     return meet_rank(r, [&] {
         publish();
         __syncthreads();
-        if (threadIdx.x != 0) return true;
+        if (threadIdx.x != 0 || r.p.shape.ranks == 1) return true;
         Workspace& w = r.workspace();
         const u32 expected = r.p.shape.ranks * (w.rank_epoch + 1);
         w.rank_epoch += 1;
@@ -77,6 +77,19 @@ __device__ __forceinline__ bool meet(const layout::Rank& r, Publish publish) {
         return spin(r, r.mine<u32>(r.p.layout.rank_counter), kRanks, expected,
                     [&](u32 seen) { return static_cast<int>(seen - expected) >= 0; });
     });
+}
+
+// Waits for a stage; gives up where the launch has failed. Copies under way are given time to land first, so that all
+// warps of the block take the same way: a warpgroup cannot multiply with a warp missing.
+__device__ __forceinline__ bool wait_stage(const layout::Rank& r, u64* full_or_empty, u32 parity) {
+    constexpr u64 kLandingNs = 10'000'000;
+    u64 failed_at = 0;
+    for (u32 i = 1; !ptx::mbarrier_try_wait(full_or_empty, parity); ++i) {
+        if (i % 1024 != 0 || !failed(r.p)) continue;
+        if (failed_at == 0) failed_at = ptx::global_timer();
+        else if (ptx::global_timer() - failed_at > kLandingNs) return false;
+    }
+    return true;
 }
 
 }  // namespace barrier

@@ -4,26 +4,61 @@
 
 namespace combine {
 
+constexpr u32 kPart = 8;    // columns that a lane reads at a time: 16 bytes
+constexpr u32 kParts = 2;   // as often, 256 columns apart
+constexpr u32 kAhead = 8;   // slots whose loads are under way together
+
+// A warp takes 512 columns of a token; the warps of all blocks take them in turn. The next one's slots are looked up while
+// this one's rows are on their way.
 __device__ __forceinline__ void combine(const layout::Rank& r) {
     const Shape& s = r.p.shape;
+    const u32 lane = threadIdx.x % 32, columns = 32 * kPart * kParts, parts = (s.hidden + columns - 1) / columns;
+    const u64 units = static_cast<u64>(r.own.tokens) * parts, step = blockDim.x / 32 * r.blocks;
     const long long* topk_idx = r.mine<long long>(r.p.layout.topk_idx);
-    for (u32 token = r.block; token < r.own.tokens; token += r.blocks)
-        for (u32 chunk = threadIdx.x; chunk < s.hidden / 8; chunk += blockDim.x) {
-            float sum[8] = {};
-            for (u32 k = 0; k < s.topk; ++k) {
-                const u32 entry = token * s.topk + k;
-                if (topk_idx[entry] < 0) continue;
-                const uint4 eight = ptx::load_volatile(reinterpret_cast<const uint4*>(r.slot_row(r.rank, entry)) + chunk);
-                const u32 pairs[4] = {eight.x, eight.y, eight.z, eight.w};
+    const auto expert_of = [&](u64 unit) {
+        return unit < units && lane < s.topk ? topk_idx[unit / parts * s.topk + lane] : -1;
+    };
+    u64 unit = threadIdx.x / 32 * r.blocks + r.block;
+    for (long long expert = expert_of(unit); unit < units; unit += step) {
+        const u32 token = static_cast<u32>(unit / parts), first_column = static_cast<u32>(unit % parts) * columns + lane * kPart;
+        const u32 slots = __ballot_sync(0xFFFFFFFFu, expert >= 0);
+        bool inside[kParts];
+        float sum[kParts][kPart] = {};
 #pragma unroll
-                for (u32 i = 0; i < 8; ++i) sum[i] += __uint_as_float(i % 2 ? pairs[i / 2] & 0xFFFF0000u : pairs[i / 2] << 16);
+        for (u32 i = 0; i < kParts; ++i) inside[i] = first_column + i * 32 * kPart < s.hidden;
+        for (u32 first = 0; first < s.topk; first += kAhead) {
+            uint4 eight[kAhead][kParts];
+#pragma unroll
+            for (u32 k = 0; k < kAhead; ++k) {
+                if (!(slots >> (first + k) & 1)) continue;
+                const u16* row = r.slot_row(r.rank, r.slot_index(token, first + k)) + first_column;
+#pragma unroll
+                for (u32 i = 0; i < kParts; ++i)
+                    if (inside[i]) eight[k][i] = ptx::load_volatile(reinterpret_cast<const uint4*>(row + i * 32 * kPart));
             }
-            u32 out[4];
+            if (first == 0) expert = expert_of(unit + step);
 #pragma unroll
-            for (u32 i = 0; i < 4; ++i)
-                out[i] = ptx::cvt_bf16(sum[2 * i]) | static_cast<u32>(ptx::cvt_bf16(sum[2 * i + 1])) << 16;
-            reinterpret_cast<uint4*>(r.own.y + static_cast<u64>(token) * s.hidden)[chunk] = make_uint4(out[0], out[1], out[2], out[3]);
+            for (u32 k = 0; k < kAhead; ++k) {
+                if (!(slots >> (first + k) & 1)) continue;
+#pragma unroll
+                for (u32 i = 0; i < kParts; ++i) {
+                    const u32 pairs[4] = {eight[k][i].x, eight[k][i].y, eight[k][i].z, eight[k][i].w};
+#pragma unroll
+                    for (u32 j = 0; j < kPart; ++j)
+                        sum[i][j] += __uint_as_float(j % 2 ? pairs[j / 2] & 0xFFFF0000u : pairs[j / 2] << 16);
+                }
+            }
         }
+        u16* y = r.own.y + static_cast<u64>(token) * s.hidden + first_column;
+#pragma unroll
+        for (u32 i = 0; i < kParts; ++i) {
+            u32 out[kPart / 2];
+#pragma unroll
+            for (u32 j = 0; j < kPart / 2; ++j)
+                out[j] = ptx::cvt_bf16(sum[i][2 * j]) | static_cast<u32>(ptx::cvt_bf16(sum[i][2 * j + 1])) << 16;
+            if (inside[i]) *reinterpret_cast<uint4*>(y + i * 32 * kPart) = make_uint4(out[0], out[1], out[2], out[3]);
+        }
+    }
 }
 
 }  // namespace combine

@@ -6,13 +6,27 @@ from dataclasses import dataclass
 
 from quant.recipe import Recipe, RecipeError
 
-BLOCK_N, BLOCK_K, THREADS = 128, 128, 384
-DISPATCH_WARPS, TRANSIT_BYTES = 3, 4096
+BLOCK_M, BLOCK_N, BLOCK_K, STAGES = 128, 256, 128, 4
+"""The tile of a block and its ring of stages, gemm.cuh. One tile serves every shape: there is nothing to choose."""
+THRESHOLDS = (64, 128)
+"""Rows an expert beyond which its work is shared out otherwise: by rows and not by columns; in a second pool block."""
+THREADS = 384
+TURN_N = 128
+"""`kTurnN` of gemm.cuh: weight rows of one TMA box, and of one chain of a math warpgroup."""
+DISPATCH_WARPS, TRANSIT_BYTES = 2, 4096
 """`kDispatchWarps` of storage.cuh and `kChunk` of dispatch.cuh."""
 BOX_ROWS = 32
 """Activation rows of one TMA box: a part-filled block loads only the boxes that hold rows."""
+TASKS = 8
+"""`kTasks` of storage.cuh: tasks, of five numbers each, that the producer of a block may be ahead."""
+GROUP_BLOCKS = 16
+"""`kGroupBlocks` of scheduler.cuh: pool blocks whose tiles of GEMM 2 come after GEMM 1's of the next so many."""
+RING_BLOCKS = 4 * GROUP_BLOCKS
+"""Pool blocks that activations have memory for; a block takes the place of the one so many before it."""
 GROUP = 64
-"""Columns of L2 activations that share a scale."""
+"""Columns of L2 activations that share a scale at least: the buffer has memory for so many scales."""
+GRANULARITIES = (GROUP, 128)
+"""Columns of L2 activations that share a scale, `kGranularity` of storage.cuh: a cubin for each."""
 MAX_RANKS, MAX_EXPERTS = 8, 512
 """`kMaxRanks` and `kMaxExperts` of params.cuh."""
 ALIGNMENT = 1024
@@ -28,40 +42,25 @@ def aligned(size: int, to: int = ALIGNMENT) -> int:
     return -(-size // to) * to
 
 
-def check_recipe(recipe: Recipe) -> Recipe:
+def check_recipe(recipe: Recipe, granularities: tuple[int, ...] = GRANULARITIES) -> Recipe:
     """The recipe, if the kernel computes it. Raises RecipeError naming the first field that it does not."""
-    for name, (value, _) in recipe.diff(Recipe(clamp=recipe.clamp, silu=recipe.silu)).items():
+    granularity = recipe.activation_granularity if recipe.activation_granularity in granularities else GROUP
+    own = Recipe(clamp=recipe.clamp, silu=recipe.silu, activation_granularity=granularity)
+    for name, (value, _) in recipe.diff(own).items():
         raise RecipeError(f"recipe field {name} = {value!r} is not one that the kernel computes")
     return recipe
 
 
-@dataclass(frozen=True)
-class Tile:
-    """A tile configuration, one cubin: rows of a tile of BLOCK_N columns, and stages of the ring."""
-
-    block_m: int
-    stages: int
-
-    def shared_bytes(self) -> int:
-        """sizeof(SharedStorage) of storage.cuh: the ring, its barriers, the plan, rows in transit."""
-        stage = aligned((self.block_m + BLOCK_N) * BLOCK_K + BLOCK_K // GROUP * self.block_m * 4)
-        plan = aligned(self.stages * stage + 2 * 8 * self.stages + 4 * (3 * MAX_EXPERTS + 1), 128)
-        return aligned(plan + DISPATCH_WARPS * aligned(TRANSIT_BYTES + 8, 128))
+def ring_bytes() -> int:
+    """sizeof(gemm::Ring): stages and their barriers."""
+    stage = aligned((BLOCK_M + BLOCK_N) * BLOCK_K + BLOCK_K // GROUP * BLOCK_M * 4)
+    return aligned(STAGES * stage + 2 * 8 * STAGES)
 
 
-TILES = (Tile(128, 6), Tile(256, 4))
-TALL_FROM = 112
-"""Rows an expert, on average, from which the tall tile is faster on an H200: it reads the weights half as often.
-
-By events, just before the last change of gemm.cuh; short against tall, us: 96 rows 353.7, 352.7 (flash T 512) and 1184,
-1199 (pro T 768); 120 rows 424, 396 (flash T 640); 128 rows 1667, 1420 (pro T 1024).
-"""
-
-
-def choose_tile(problem: Problem, tokens: int) -> Tile:
-    """The tile for the largest number of tokens of a rank: by the rows that an expert gets when all are alike."""
-    rows = tokens * problem.topk * problem.ranks / problem.experts
-    return TILES[rows >= TALL_FROM]
+def shared_bytes() -> int:
+    """sizeof(SharedStorage) of storage.cuh: the ring, the plan, rows in transit."""
+    tasks = aligned(ring_bytes() + 4 * (3 * MAX_EXPERTS + 1) + TASKS * 5 * 4, 8) + 3 * 8
+    return aligned(aligned(tasks, 128) + DISPATCH_WARPS * aligned(TRANSIT_BYTES + 8, 128))
 
 
 @dataclass(frozen=True)
@@ -75,6 +74,8 @@ class Problem:
     intermediate: int
     capacity: int
     """Tokens of a rank at most."""
+    ring: int | None = None
+    """Pool blocks that activations have memory for; None: RING_BLOCKS, or fewer where fewer can fill."""
 
     def __post_init__(self) -> None:
         for name in ("hidden", "intermediate"):
@@ -90,28 +91,40 @@ class Problem:
             raise ConfigError(f"num_topk = {self.topk} must be in [1, 32]")
         if self.capacity <= 0 or self.capacity * self.topk >= 1 << 31:
             raise ConfigError(f"num_max_tokens_per_rank = {self.capacity} must be positive, times topk below 2^31")
+        if self.pool_blocks * BLOCK_M >= 1 << 32:
+            raise ConfigError(f"num_max_tokens_per_rank = {self.capacity}: the ranks' slots must be below 2^32")
+        if self.ring is not None and self.ring < min(2 * GROUP_BLOCKS, self.pool_blocks):
+            least = min(2 * GROUP_BLOCKS, self.pool_blocks)
+            raise ConfigError(f"ring_blocks = {self.ring} must be at least {least}")
 
     @property
     def experts_local(self) -> int:
         return self.experts // self.ranks
 
     @property
-    def pool_rows(self) -> int:
-        """Rows of the pool: every slot of every rank may come here, and each expert's last block may be part-filled."""
+    def pool_blocks(self) -> int:
+        """Blocks of the pool: every slot of every rank may come here, each expert's last block may be part-filled."""
         slots = self.ranks * self.capacity * self.topk
-        tallest = max(tile.block_m for tile in TILES)
-        return aligned(slots + self.experts_local * (tallest - 1), tallest)
+        return (slots + self.experts_local * (BLOCK_M - 1)) // BLOCK_M
 
     @property
-    def pool_blocks(self) -> int:
-        """Blocks of the pool under the smallest tile: one counter of each kind for each."""
-        return self.pool_rows // min(tile.block_m for tile in TILES)
+    def pool_rows(self) -> int:
+        return self.pool_blocks * BLOCK_M
+
+    @property
+    def ring_blocks(self) -> int:
+        """Blocks that activations have memory for."""
+        return min(self.pool_blocks, RING_BLOCKS if self.ring is None else self.ring)
+
+    @property
+    def ring_rows(self) -> int:
+        return self.ring_blocks * BLOCK_M
 
     def offsets(self) -> tuple[dict[str, int], int]:
         """(name -> byte offset of each field of `Layout` in params.cuh, total bytes)."""
         t, k, h, i = self.capacity, self.topk, self.hidden, self.intermediate
-        rows = self.pool_rows
-        workspace = 4 * (4 + MAX_EXPERTS + 2 * self.pool_blocks)
+        rows, ring = self.pool_rows, self.ring_rows
+        workspace = 4 * (4 + MAX_EXPERTS + 3 * self.pool_blocks)
         sizes = {
             "x": t * h,
             "x_sf": 4 * t * (h // 128),
@@ -122,10 +135,10 @@ class Problem:
             "recv_list": 4 * self.experts * t * k,
             "rank_counter": 4,
             "workspace": workspace,
-            "l1_acts": rows * h,
-            "l1_acts_sf": 4 * rows * (h // 128),
-            "l2_acts": rows * i,
-            "l2_acts_sf": 4 * rows * (i // GROUP),
+            "l1_acts": ring * h,
+            "l1_acts_sf": 4 * ring * (h // 128),
+            "l2_acts": ring * i,
+            "l2_acts_sf": 4 * ring * (i // GROUP),
             "pool_source": 8 * rows,
             "pool_weight": 4 * rows,
         }

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from kernel import build
+from kernel.config import BLOCK_M, BLOCK_N, THREADS, ring_bytes
 from kernel.launch import Library, TensorMap, require_device, tensor_map
 
 SOURCES = ("dense.cu",)
 ENTRIES = ("dense_128", "dense_64")
-BLOCK, STAGES, THREADS = 128, 6, 384
-ALIGNMENT = 1024
-"""Of a stage in shared memory: the 128-byte swizzle repeats after 1,024 bytes."""
+BLOCK = 128
+"""Multiple of M, N and K."""
 
 
 class DenseParams(ctypes.Structure):
@@ -35,8 +35,7 @@ class DenseParams(ctypes.Structure):
 
 def compile_dense() -> build.Built:
     """The gated cubin; needs NVRTC but no GPU."""
-    sizes = {f"SHARED_BYTES_{group}": shared_bytes(group) for group in (64, 128)}
-    built = build.build(SOURCES, ENTRIES, defines=sizes)  # the source asserts that they are sizeof its storage
+    built = build.build(SOURCES, ENTRIES, defines={"SHARED_BYTES": ring_bytes()})
     build.gate(built)
     return built
 
@@ -44,13 +43,6 @@ def compile_dense() -> build.Built:
 @cache
 def _library() -> Library:
     return Library(compile_dense().cubin)
-
-
-def shared_bytes(group: int) -> int:
-    """sizeof(DenseStorage<group>): the ring, then its barriers."""
-    scales = BLOCK // group * BLOCK * 4
-    stage = -(-(2 * BLOCK * BLOCK + scales) // ALIGNMENT) * ALIGNMENT
-    return -(-(STAGES * stage + 2 * 8 * STAGES) // ALIGNMENT) * ALIGNMENT
 
 
 def dense(a: Tensor, a_sf: Tensor, b: Tensor, b_sf: Tensor, group: int, out: Tensor | None = None) -> Tensor:
@@ -70,7 +62,7 @@ def dense(a: Tensor, a_sf: Tensor, b: Tensor, b_sf: Tensor, group: int, out: Ten
     d = torch.empty(m, n, device=a.device) if out is None else out
     maps = (tensor_map(a, BLOCK), tensor_map(b, BLOCK))
     params = DenseParams(*maps, a_sf.data_ptr(), b_sf.data_ptr(), d.data_ptr(), m, n, k)
-    tiles = m // BLOCK * (n // BLOCK)
+    tiles = m // BLOCK_M * -(-n // BLOCK_N)
     grid = min(tiles, require_device().sms)
-    _library().kernel(f"dense_{group}")(params, grid, THREADS, shared_bytes(group))
+    _library().kernel(f"dense_{group}")(params, grid, THREADS, ring_bytes())
     return d

@@ -13,13 +13,20 @@ __device__ __forceinline__ void each_active_slot(const layout::Rank& r, Visit vi
         if (topk_idx[entry] >= 0) visit(entry, static_cast<u32>(topk_idx[entry]));
 }
 
-// Appends this rank's entries (token, slot) to the lists at the destinations. Within a list the order is that of arrival:
-// no bit depends on it.
-__device__ __forceinline__ void announce(const layout::Rank& r) {
+// Appends this rank's entries (token, slot) to the lists at the destinations. A block takes room for all of its entries of
+// an expert at once: one counter for the whole rank would be the bottleneck of large batches. Within a list the order is
+// that of arrival: no bit depends on it. `places`: shared memory, u32 [experts].
+__device__ __forceinline__ void announce(const layout::Rank& r, u32* places) {
     const u32 local = r.p.shape.experts_local;
+    for (u32 expert = threadIdx.x; expert < r.p.shape.experts; expert += blockDim.x) places[expert] = 0;
+    __syncthreads();
+    each_active_slot(r, [&](u32 entry, u32 expert) { ptx::atomic_add_shared(&places[expert], 1); });
+    __syncthreads();
+    for (u32 expert = threadIdx.x; expert < r.p.shape.experts; expert += blockDim.x)
+        if (const u32 count = places[expert]) places[expert] = ptx::atomic_add(&r.workspace().send_count[expert], count);
+    __syncthreads();
     each_active_slot(r, [&](u32 entry, u32 expert) {
-        const u32 place = ptx::atomic_add(&r.workspace().send_count[expert], 1);
-        r.recv_list(expert / local, r.rank, expert % local)[place] = entry;
+        r.recv_list(expert / local, r.rank, expert % local)[ptx::atomic_add_shared(&places[expert], 1)] = entry;
     });
 }
 
@@ -41,27 +48,28 @@ struct Transit {
     u64 arrived;
 };
 
-// One warp copies one pool row: bytes, scales (transposed, as TMA wants them), weight and source.
+// One warp copies one pool row: bytes and scales (transposed, as TMA wants them) to their place in the ring, weight and
+// source to the pool row.
 __device__ __forceinline__ void pull_row(const layout::Rank& r, const scheduler::Plan& plan, Transit& transit, u32& parity,
-                                         u32 expert, u32 index, u64 row) {
+                                         u32 expert, u32 index, u64 row, u64 ring_row) {
     const Shape& s = r.p.shape;
     const Layout& l = r.p.layout;
     const u32 lane = threadIdx.x % 32;
     u32 source = 0;
     while (source + 1 < s.ranks && plan.first_row[expert * s.ranks + source + 1] <= index) ++source;
     const u32 entry = r.recv_list(r.rank, source, expert)[index - plan.first_row[expert * s.ranks + source]];
-    const u64 token = entry / s.topk;
-    const float* from_sf = r.at<float>(source, l.x_sf) + token * (s.hidden / 128);
-    float* to_sf = r.mine<float>(l.l1_acts_sf) + row;
+    const u32 token = entry / s.topk, slot = entry % s.topk;
+    const float* from_sf = r.at<float>(source, l.x_sf) + static_cast<u64>(token) * (s.hidden / 128);
+    float* to_sf = r.mine<float>(l.l1_acts_sf) + ring_row;
     if (lane == 0) {
-        const u8* from = r.at<u8>(source, l.x) + token * s.hidden;
-        u8* to = r.mine<u8>(l.l1_acts) + row * s.hidden;
+        const u8* from = r.at<u8>(source, l.x) + static_cast<u64>(token) * s.hidden;
+        u8* to = r.mine<u8>(l.l1_acts) + ring_row * s.hidden;
         for (u32 offset = 0; offset < s.hidden; offset += kChunk, parity ^= 1) {
             const u32 bytes = min(kChunk, s.hidden - offset);
             ptx::mbarrier_arrive_expect(&transit.arrived, bytes);
             ptx::bulk_load(transit.chunk, from + offset, bytes, &transit.arrived);
             if (offset == 0) {
-                r.mine<uint2>(l.pool_source)[row] = make_uint2(source, entry);
+                r.mine<uint2>(l.pool_source)[row] = make_uint2(source, r.slot_index(token, slot));
                 r.mine<float>(l.pool_weight)[row] = r.at<float>(source, l.topk_weights)[entry];
             }
             while (!ptx::mbarrier_try_wait(&transit.arrived, parity)) {
@@ -70,7 +78,15 @@ __device__ __forceinline__ void pull_row(const layout::Rank& r, const scheduler:
             ptx::bulk_store_wait();
         }
     }
-    for (u32 i = lane; i < s.hidden / 128; i += 32) to_sf[static_cast<u64>(i) * s.pool_rows] = from_sf[i];
+    for (u32 i = lane; i < s.hidden / 128; i += 32) to_sf[static_cast<u64>(i) * s.ring_rows] = from_sf[i];
+}
+
+// The place of a pool block in the ring is free: GEMM 1 has read the block that stood there.
+__device__ __forceinline__ bool wait_free(const layout::Rank& r, u32 block) {
+    if (block < r.p.shape.ring_blocks) return true;
+    const u32 expected = scheduler::l1_columns(r.p.shape);
+    return barrier::spin(r, r.block_l1_tiles() + block - r.p.shape.ring_blocks, barrier::kBlockL1Tiles, expected,
+                         [&](u32 seen) { return seen >= expected; });
 }
 
 // The dispatch warps of all blocks, each block of the pool in its turn: GEMM 1 starts on the first while later ones travel.
@@ -81,9 +97,11 @@ __device__ __forceinline__ void pull(const layout::Rank& r, const scheduler::Pla
     for (u32 block = 0; block < pool_blocks; ++block) {
         const u32 expert = scheduler::expert_of(plan, experts, block);
         const u32 rows = scheduler::rows_in_block(plan, expert, block);
-        for (u32 i = (own + all - turn % all) % all; i < rows; i += all) {
+        const u32 first = (own + all - turn % all) % all;
+        if (first < rows && !wait_free(r, block)) return;
+        for (u32 i = first; i < rows; i += all) {
             pull_row(r, plan, transit, parity, expert, (block - plan.first_block[expert]) * scheduler::kBlockM + i,
-                     static_cast<u64>(block) * scheduler::kBlockM + i);
+                     static_cast<u64>(block) * scheduler::kBlockM + i, r.ring_row(block, i));
             ptx::fence_proxy_async_all();  // TMA reads what these lanes wrote
             __syncwarp();
             if (threadIdx.x % 32 == 0) ptx::reduce_add_release(&r.block_rows()[block], 1);

@@ -5,21 +5,31 @@
 
 namespace gemm {
 
+// The tile of a block: kBlockM rows of activations by kBlockN rows of weights, two math warpgroups.
+constexpr u32 kBlockM = 128, kBlockN = 256, kStages = 4, kMathWarps = 8;
 constexpr u32 kBlockK = 128;  // columns of a stage, and columns that share an input scale
 constexpr u32 kStepK = 32;    // columns of one wgmma
+constexpr u32 kTurnN = 128;   // weight rows of a chain: accumulators of one turn and sums of two fit in registers
+constexpr u32 kSums = kTurnN / 2;  // outputs of a thread in a turn: 64 rows x kTurnN columns by 128 threads
+constexpr u32 kMaxGroups = 2;      // scales of an activation row in a stage
 
-// One stage of the ring: 128-byte rows in the 128-byte swizzle, and the scale factors of A's rows, one a group of K.
-template <u32 kBlockM, u32 kBlockN, u32 kGroup>
+// The ring: 128-byte rows in the 128-byte swizzle, and the scale factors of A's rows, one a group of K.
 struct Stage {
-    static constexpr u32 kGroups = kBlockK / kGroup;
-    static constexpr u32 kBytes = (kBlockM + kBlockN) * kBlockK + kGroups * kBlockM * 4;
     alignas(1024) u8 a[kBlockM][kBlockK];
     alignas(1024) u8 b[kBlockN][kBlockK];
-    alignas(1024) float a_sf[kGroups][kBlockM];
+    alignas(1024) float a_sf[kMaxGroups][kBlockM];
 };
 
-// Place in a ring of kStages: index and parity of the barriers' phase.
-template <u32 kStages>
+struct Ring {
+    Stage stages[kStages];
+    u64 full[kStages], empty[kStages];
+
+    __device__ __forceinline__ void init() {
+        for (u32 i = 0; i < kStages; ++i) ptx::mbarrier_init(&full[i], 1), ptx::mbarrier_init(&empty[i], kMathWarps);
+    }
+};
+
+// Place in the ring: index and parity of the barriers' phase.
 struct Place {
     u32 index = 0, parity = 0;
     __device__ __forceinline__ void advance() {
@@ -27,103 +37,150 @@ struct Place {
     }
 };
 
-__device__ __forceinline__ void wait(u64* barrier, u32 parity) {
-    while (!ptx::mbarrier_try_wait(barrier, parity)) {
-    }
+// What one math warpgroup does in a tile: 64 rows of A from first_row on, in `turns` times kTurnN rows of B from
+// first_column on. 0 turns: all padding.
+struct Share {
+    u32 first_row, first_column, turns;
+};
+
+// Above 64 rows the warpgroups share out the rows; up to 64 they share out the columns, and nobody multiplies padding.
+// whole_rows: up to 64 as well one warpgroup has all columns of a row, and the other one has nothing.
+__device__ __forceinline__ Share share_of(u32 warpgroup, u32 rows, u32 columns, bool whole_rows = false) {
+    if (rows <= 64 && !whole_rows) return {0, warpgroup * kTurnN, warpgroup * kTurnN < columns ? 1u : 0u};
+    return {warpgroup * 64, 0, warpgroup * 64 < rows ? (columns + kTurnN - 1) / kTurnN : 0};
 }
 
-// fl(s_a * s_w) for this thread's two rows, then one fma an output. Lanes hold column pairs 8 j + 2 q, see ptx.cuh; w_sf
-// has one scale for even j and one for odd j: gate and up of an interleaved tile, or the same one twice.
-template <u32 kBlockN>
-__device__ __forceinline__ void promote(float (&sum)[kBlockN / 2], const float (&acc)[kBlockN / 2], float a_sf0, float a_sf1,
-                                        const float (&w_sf)[2]) {
-    float scale[2][2];
-#pragma unroll
-    for (u32 odd = 0; odd < 2; ++odd) scale[odd][0] = a_sf0 * w_sf[odd], scale[odd][1] = a_sf1 * w_sf[odd];
-#pragma unroll
-    for (u32 i = 0; i < kBlockN / 2; ++i) sum[i] = ptx::fma_rn(scale[i / 4 % 2][i / 2 % 2], acc[i], sum[i]);
-}
+// The index of this thread's math warpgroup, in a register that the compiler knows to be uniform: descriptors made from
+// it need no copies before each wgmma.
+__device__ __forceinline__ u32 math_warpgroup() { return __shfl_sync(0xFFFFFFFFu, threadIdx.x / 128, 0) - 1; }
 
-// Accumulators of wgmma, defined once: a chain's first step does not read them, so nobody clears them again.
-template <u32 kCount, u32 kBlockN>
-__device__ __forceinline__ void define(float (&acc)[kCount][kBlockN / 2]) {
-#pragma unroll
-    for (u32 i = 0; i < kCount * kBlockN / 2; ++i) acc[i / (kBlockN / 2)][i % (kBlockN / 2)] = 0.0f;
-}
+// This thread's first row in the 64 of its warpgroup; the second is 8 further on.
+__device__ __forceinline__ u32 row_of_64() { return threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4; }
 
-template <u32 kBlockN>
-__device__ __forceinline__ void pin(float (&acc)[kBlockN / 2]) {
+// Starts one chain: a group of kGroup columns of K, 64 rows of A against kTurnN of B. Its first step does not read acc.
+template <u32 kGroup>
+__device__ __forceinline__ void start_chain(float (&acc)[kSums], u64 desc_a, u64 desc_b, u32 group) {
 #pragma unroll
     for (float& value : acc) ptx::pin(value);
-}
-
-// Starts one chain: a group of K columns, 64 rows of A against kBlockN of B.
-template <u32 kBlockN, u32 kGroup>
-__device__ __forceinline__ void start_chain(float (&acc)[kBlockN / 2], u64 desc_a, u64 desc_b, u32 group) {
-    pin<kBlockN>(acc);
     ptx::wgmma_fence();
 #pragma unroll
     for (u32 s = 0; s < kGroup / kStepK; ++s) {
         const u64 offset = (group * kGroup + s * kStepK) >> 4;
-        ptx::wgmma_ss<kBlockN>(acc, desc_a + offset, desc_b + offset, s > 0);
+        ptx::wgmma_ss<kTurnN>(acc, desc_a + offset, desc_b + offset, s > 0);
     }
     ptx::wgmma_commit();
 }
 
-// Every lane has its scales, and wgmma has read the operands: the stage may be written again.
+__device__ __forceinline__ void finish_chain(float (&acc)[kSums]) {
+    ptx::wgmma_wait<0>();
+#pragma unroll
+    for (float& value : acc) ptx::pin(value);
+}
+
+// fl(s_a * s_w) for this thread's two rows and for even and odd groups of 8 columns; in place before the chain has ended.
+__device__ __forceinline__ void scale_factors(float (&scale)[2][2], const float (&a_sf)[2], float even, float odd) {
+#pragma unroll
+    for (u32 half = 0; half < 2; ++half) {
+        scale[0][half] = a_sf[half] * even, scale[1][half] = a_sf[half] * odd;
+        ptx::pin(scale[0][half]), ptx::pin(scale[1][half]);
+    }
+}
+
+// One fma an output. Lanes hold column pairs 8 j + 2 q of two rows, see ptx.cuh.
+__device__ __forceinline__ void promote(float (&sum)[kSums], const float (&acc)[kSums], const float (&scale)[2][2]) {
+#pragma unroll
+    for (u32 i = 0; i < kSums; ++i) sum[i] = ptx::fma_rn(scale[i / 4 % 2][i / 2 % 2], acc[i], sum[i]);
+}
+
+// The warp has read the stage's scales, and wgmma its operands: it may be written again.
 __device__ __forceinline__ void release(u64* empty) {
     __syncwarp();
     if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(empty);
 }
 
-// One stage by one math warpgroup: its 64 rows of A against all kBlockN columns. `row`: this thread's first row in the
-// warpgroup's 64. Frees the stage as soon as its operands and scales have been read.
-template <u32 kBlockM, u32 kBlockN, u32 kGroup>
-__device__ __forceinline__ void multiply_stage(float (&sum)[kBlockN / 2], float (&acc)[kBlockK / kGroup][kBlockN / 2],
-                                               const Stage<kBlockM, kBlockN, kGroup>& stage, u64* empty, u32 first_row, u32 row,
-                                               const float (&w_sf)[2]) {
+// A tile by one math warpgroup, kBlockK columns after kBlockK columns, `blocks` times. One chain is in flight at a time, the
+// other warpgroup multiplies while this one promotes; whatever a chain does not need happens while one is in flight, so
+// that between two chains of a warpgroup there are only fmas.
+//   kInterleaved: w_sf has the scales of gate and up columns, which alternate by 8; otherwise those of the two turns.
+//   wait(full, parity): until a stage is full; false gives up.   weights(w_sf, b): loads the scales of K block b.
+template <bool kInterleaved, u32 kGroup, u32 kTurns, typename Wait, typename Weights>
+__device__ __forceinline__ bool multiply_turns(float (&sum)[2][kSums], Ring& ring, Place& place, const Share& share, u32 blocks,
+                                               Wait wait, Weights weights) {
     constexpr u32 kGroups = kBlockK / kGroup;
-    float a_sf[kGroups][2];
-    const u64 desc_a = ptx::descriptor_swizzle_128(stage.a[first_row]), desc_b = ptx::descriptor_swizzle_128(stage.b);
+    struct Operands {
+        u64 desc_a, desc_b;
+        float a_sf[kGroups][2], w_sf[2];
+    };
+    const u32 row = share.first_row + row_of_64();
+    const auto load = [&](Operands& operands) {
+        const Stage& stage = ring.stages[place.index];
+        operands.desc_a = ptx::descriptor_swizzle_128(stage.a[share.first_row]);
+        operands.desc_b = ptx::descriptor_swizzle_128(stage.b[share.first_column]);
 #pragma unroll
-    for (u32 g = 0; g < kGroups; ++g) {
-        a_sf[g][0] = stage.a_sf[g][first_row + row];  // read before the chain: behind it they cost 6 %
-        a_sf[g][1] = stage.a_sf[g][first_row + row + 8];
-        start_chain<kBlockN, kGroup>(acc[g], desc_a, desc_b, g);
+        for (u32 g = 0; g < kGroups; ++g)
+            operands.a_sf[g][0] = stage.a_sf[g][row], operands.a_sf[g][1] = stage.a_sf[g][row + 8];
+    };
+
+    float acc[kSums];
+#pragma unroll
+    for (u32 i = 0; i < kSums; ++i) acc[i] = sum[0][i] = sum[1][i] = 0.0f;
+    Operands now, next;
+    weights(now.w_sf, 0);
+    if (!wait(&ring.full[place.index], place.parity)) return false;
+    load(now);
+    u64* used = nullptr;  // `empty` of the stage before, to be released
+    bool going = true;
+    for (u32 b = 0; b < blocks; ++b) {
+        u64* empty = &ring.empty[place.index];
+#pragma unroll
+        for (u32 turn = 0; turn < kTurns; ++turn) {
+#pragma unroll
+            for (u32 g = 0; g < kGroups; ++g) {
+                start_chain<kGroup>(acc, now.desc_a, now.desc_b + (turn * kTurnN * kBlockK >> 4), g);
+                float scale[2][2];
+                scale_factors(scale, now.a_sf[g], now.w_sf[kInterleaved ? 0 : turn], now.w_sf[kInterleaved ? 1 : turn]);
+                if (turn == 0 && g == 0) {
+                    if (used) release(used);
+                    used = empty;
+                    if (b + 1 < blocks) weights(next.w_sf, b + 1);
+                }
+                if (turn == kTurns - 1 && g == kGroups - 1) {
+                    place.advance();
+                    if (b + 1 < blocks) {
+                        going = wait(&ring.full[place.index], place.parity);
+                        load(next);
+                    }
+                }
+                finish_chain(acc);
+                promote(sum[turn], acc, scale);
+            }
+        }
+        if (!going) return false;
+        now = next;
     }
-    if constexpr (kGroups == 2) {
-        ptx::wgmma_wait<1>();
-        pin<kBlockN>(acc[0]);
-        promote<kBlockN>(sum, acc[0], a_sf[0][0], a_sf[0][1], w_sf);
-    }
-    ptx::wgmma_wait<0>();
-    pin<kBlockN>(acc[kGroups - 1]);
-    release(empty);
-    promote<kBlockN>(sum, acc[kGroups - 1], a_sf[kGroups - 1][0], a_sf[kGroups - 1][1], w_sf);
+    release(used);
+    return true;
 }
 
-// The same for two times 64 rows, kTurnRows apart, one chain in flight at a time: the other warpgroup multiplies while
-// this one promotes. Without `second` the second turn is all padding and is left out.
-template <u32 kTurnRows, u32 kBlockM, u32 kBlockN, u32 kGroup>
-__device__ __forceinline__ void multiply_stage_in_turn(float (&sum)[2][kBlockN / 2], float (&acc)[1][kBlockN / 2],
-                                                       const Stage<kBlockM, kBlockN, kGroup>& stage, u64* empty, bool second,
-                                                       u32 first_row, u32 row, const float (&w_sf)[2]) {
-    constexpr u32 kGroups = kBlockK / kGroup;
-    const u64 desc_b = ptx::descriptor_swizzle_128(stage.b);
-#pragma unroll
-    for (u32 turn = 0; turn < 2; ++turn) {
-        if (turn > 0 && !second) break;
-        const u64 desc_a = ptx::descriptor_swizzle_128(stage.a[turn * kTurnRows + first_row]);
-#pragma unroll
-        for (u32 g = 0; g < kGroups; ++g) {
-            const float* a_sf = &stage.a_sf[g][turn * kTurnRows + first_row + row];
-            const float a_sf0 = a_sf[0], a_sf1 = a_sf[8];
-            start_chain<kBlockN, kGroup>(acc[0], desc_a, desc_b, g);
-            ptx::wgmma_wait<0>();
-            pin<kBlockN>(acc[0]);
-            if (g == kGroups - 1 && (turn == 1 || !second)) release(empty);
-            promote<kBlockN>(sum[turn], acc[0], a_sf0, a_sf1, w_sf);
-        }
+template <bool kInterleaved, u32 kGroup, typename Wait, typename Weights>
+__device__ __forceinline__ bool multiply(float (&sum)[2][kSums], Ring& ring, Place& place, const Share& share, u32 blocks,
+                                         Wait wait, Weights weights) {
+    return share.turns == 2 ? multiply_turns<kInterleaved, kGroup, 2>(sum, ring, place, share, blocks, wait, weights)
+                            : multiply_turns<kInterleaved, kGroup, 1>(sum, ring, place, share, blocks, wait, weights);
+}
+
+// The same without a share in the tile: only keeps the ring turning.
+template <typename Wait>
+__device__ __forceinline__ bool pass(Ring& ring, Place& place, u32 blocks, Wait wait) {
+    for (u32 b = 0; b < blocks; ++b, place.advance()) {
+        if (!wait(&ring.full[place.index], place.parity)) return false;
+        release(&ring.empty[place.index]);
+    }
+    return true;
+}
+
+__device__ __forceinline__ void wait(u64* barrier, u32 parity) {
+    while (!ptx::mbarrier_try_wait(barrier, parity)) {
     }
 }
 

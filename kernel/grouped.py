@@ -14,15 +14,14 @@ import torch
 from torch import Tensor
 
 from kernel import build
-from kernel.config import check_recipe
-from kernel.dense import BLOCK, THREADS, shared_bytes
+from kernel.config import BLOCK_N, GROUP, THREADS, ring_bytes
+from kernel.config import check_recipe as check_any
+from kernel.dense import BLOCK
 from kernel.launch import Library, TensorMap, require_device, tensor_map
 from quant.recipe import Recipe
 
 SOURCES = ("grouped.cu",)
 ENTRIES = ("grouped_l1_fast", "grouped_l1_precise", "grouped_l2")
-GROUP = 64
-"""Columns of L2 activations that share a scale."""
 
 
 class _SwigluParams(ctypes.Structure):
@@ -69,9 +68,14 @@ def make_pool(expert: Tensor) -> Pool:
 
 def compile_grouped() -> build.Built:
     """The gated cubin; needs NVRTC but no GPU."""
-    built = build.build(SOURCES, ENTRIES, defines={"SHARED_BYTES": shared_bytes(GROUP)})
+    built = build.build(SOURCES, ENTRIES, defines={"SHARED_BYTES": ring_bytes()})
     build.gate(built)
     return built
+
+
+def check_recipe(recipe: Recipe) -> Recipe:
+    """The recipe, if these kernels compute it: one scale covers 64 activations. Raises RecipeError by field."""
+    return check_any(recipe, (GROUP,))
 
 
 @cache
@@ -123,6 +127,6 @@ def l2(pool: Pool, acts: Tensor, acts_sf: Tensor, w2: Tensor, w2_sf: Tensor) -> 
 
 
 def _launch(name: str, params: GroupedParams) -> None:
-    tiles = params.rows // BLOCK * (params.n // BLOCK)
+    tiles = params.rows // BLOCK * -(-params.n // BLOCK_N)
     if tiles:
-        _library().kernel(name)(params, min(tiles, require_device().sms), THREADS, shared_bytes(GROUP))
+        _library().kernel(name)(params, min(tiles, require_device().sms), THREADS, ring_bytes())

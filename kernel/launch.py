@@ -22,6 +22,7 @@ STATIC_SHARED_LIMIT = 48 * 1024
 """Dynamic shared memory above this is asked for with cuKernelSetAttribute."""
 INVALID_CONTEXT = 201
 """CUDA_ERROR_INVALID_CONTEXT: what a thread gets that has not used the device yet."""
+_ONE_POINTER = ctypes.c_void_p * 1
 
 
 class LaunchError(RuntimeError):
@@ -129,7 +130,7 @@ class Kernel:
         if shared > self._shared.get(device, STATIC_SHARED_LIMIT):
             self._allow_shared(device, shared)
         config = _launch_config(grid, block, shared, cooperative, _raw_stream(device))
-        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(params))  # kernelParams: void*[1]
+        pointers = _ONE_POINTER(ctypes.addressof(params))  # kernelParams: void*[1]
         launch = _driver().cuLaunchKernelEx
         result = launch(config, self._function, ctypes.addressof(pointers), 0)
         if result[0] == INVALID_CONTEXT:

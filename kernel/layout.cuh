@@ -1,5 +1,6 @@
 // Where things are: every address of this rank and of its peers is a buffer's base plus an offset, and is made here.
 #pragma once
+#include "gemm.cuh"
 #include "params.cuh"
 
 namespace layout {
@@ -25,6 +26,11 @@ struct Rank {
     __device__ __forceinline__ Workspace& workspace() const { return *mine<Workspace>(p.layout.workspace); }
     __device__ __forceinline__ u32* block_rows() const { return mine<u32>(p.layout.workspace + sizeof(Workspace)); }
     __device__ __forceinline__ u32* block_l1_tiles() const { return block_rows() + p.shape.pool_blocks; }
+    __device__ __forceinline__ u32* block_l2_tiles() const { return block_l1_tiles() + p.shape.pool_blocks; }
+    // Where activations of row `row_in_block` of a pool block stand. Source and weight of a row stand by its pool row.
+    __device__ __forceinline__ u64 ring_row(u32 block, u32 row_in_block) const {
+        return static_cast<u64>(block % p.shape.ring_blocks) * gemm::kBlockM + row_in_block;
+    }
     __device__ __forceinline__ u32* recv_count(u32 peer, u32 source) const {
         return at<u32>(peer, p.layout.recv_count) + source * p.shape.experts_local;
     }
@@ -33,10 +39,10 @@ struct Rank {
         const u64 list = static_cast<u64>(source) * p.shape.experts_local + expert;
         return at<u32>(peer, p.layout.recv_list) + list * p.shape.capacity * p.shape.topk;
     }
-    // The output row of (token, slot), `entry` = token * K + slot, on its source rank.
-    __device__ __forceinline__ u16* slot_row(u32 peer, u32 entry) const {
-        const u64 token = entry / p.shape.topk, slot = entry % p.shape.topk;
-        return at<u16>(peer, p.layout.slots) + (slot * p.shape.capacity + token) * p.shape.hidden;
+    // The output row of (token, slot) on its source rank: slot after slot.
+    __device__ __forceinline__ u32 slot_index(u32 token, u32 slot) const { return slot * p.shape.capacity + token; }
+    __device__ __forceinline__ u16* slot_row(u32 peer, u32 index) const {
+        return at<u16>(peer, p.layout.slots) + static_cast<u64>(index) * p.shape.hidden;
     }
 };
 

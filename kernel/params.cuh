@@ -15,23 +15,23 @@ struct Layout {
     u64 recv_list;                                         // u32 [R][E_loc][capacity * K]: token * K + slot
     u64 rank_counter;                                      // u32: arrivals of the ranks, ever growing
     u64 workspace;                                         // of this rank alone, see Workspace
-    u64 l1_acts, l1_acts_sf, l2_acts, l2_acts_sf;          // the pool
-    u64 pool_source, pool_weight;                          // u32x2 (rank, token * K + slot) and f32, by pool row
+    u64 l1_acts, l1_acts_sf, l2_acts, l2_acts_sf;          // the ring of the pool
+    u64 pool_source, pool_weight;                          // u32x2 (source rank, its slot row) and f32, by pool row
 };
 
 // Counters of one rank; all zero between launches, but for generation and rank_epoch, which only grow.
 struct Workspace {
-    u32 arrived, generation, rank_epoch, unused;
+    u32 arrived, generation, rank_epoch, tiles_taken;
     u32 send_count[kMaxExperts];
-    // behind it: u32 block_rows[pool blocks], then u32 block_l1_tiles[pool blocks]
+    // behind it, u32 [pool blocks] each: block_rows, block_l1_tiles, block_l2_tiles
 };
 
 struct Shape {
     u32 ranks, experts, experts_local, topk, hidden, intermediate;
     u32 capacity;     // tokens a rank at most
-    u32 pool_rows;    // rows of the pool, a multiple of every tile's
-    u32 pool_blocks;  // of the smallest tile: counters of each kind
-    u32 unused;
+    u32 pool_blocks;  // blocks that can fill: counters of each kind
+    u32 ring_blocks;  // blocks that activations have memory for: block b stands at b mod ring_blocks
+    u32 ring_rows;
 };
 
 // What a spin that ran out of time leaves behind. `flag` is written last; everyone who sees it drains and exits.

@@ -18,10 +18,11 @@ LAYOUT_FIELDS = (
     *("l1_acts", "l1_acts_sf", "l2_acts", "l2_acts_sf", "pool_source", "pool_weight"),
 )
 SHAPE_FIELDS = (
-    *("ranks", "experts", "experts_local", "topk", "hidden", "intermediate", "capacity", "pool_rows", "pool_blocks"),
+    *("ranks", "experts", "experts_local", "topk", "hidden", "intermediate", "capacity", "pool_blocks"),
+    *("ring_blocks", "ring_rows"),
 )
 Layout = _struct("Layout", *((name, ctypes.c_uint64) for name in LAYOUT_FIELDS))
-KernelShape = _struct("KernelShape", *((name, ctypes.c_uint32) for name in (*SHAPE_FIELDS, "unused")))
+KernelShape = _struct("KernelShape", *((name, ctypes.c_uint32) for name in SHAPE_FIELDS))
 Swiglu = _struct("Swiglu", ("clamp", ctypes.c_float), ("clamped", ctypes.c_uint32))
 RankParams = _struct(
     "RankParams",

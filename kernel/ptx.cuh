@@ -119,6 +119,16 @@ __device__ __forceinline__ u32 atomic_add(u32* address, u32 value) {
     return before;
 }
 
+// In shared memory.
+__device__ __forceinline__ u32 atomic_add_shared(u32* address, u32 value) {
+    u32 before;
+    asm volatile("atom.relaxed.cta.shared::cta.add.u32 %0, [%1], %2;"
+                 : "=r"(before)
+                 : "r"(static_cast<u32>(__cvta_generic_to_shared(address))), "r"(value)
+                 : "memory");
+    return before;
+}
+
 __device__ __forceinline__ u32 atomic_add_acq_rel(u32* address, u32 value) {
     u32 before;
     asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(address), "r"(value) : "memory");
@@ -181,6 +191,17 @@ __device__ __forceinline__ void mbarrier_arrive_expect(u64* barrier, u32 bytes) 
                  : "memory");
 }
 
+// Whether the phase of this parity has completed, at once.
+__device__ __forceinline__ bool mbarrier_test_wait(u64* barrier, u32 parity) {
+    u32 done;
+    asm volatile(
+        "{\n.reg .pred p;\nmbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+        : "=r"(done)
+        : "r"(shared_address(barrier)), "r"(parity)
+        : "memory");
+    return done != 0;
+}
+
 // Whether the phase of this parity has completed; may suspend the thread for a while first.
 __device__ __forceinline__ bool mbarrier_try_wait(u64* barrier, u32 parity) {
     u32 done;
@@ -206,6 +227,17 @@ __device__ __forceinline__ void tma_load_2d(void* target, const TensorMap& map, 
             shared_address(target)),
         "l"(&map), "r"(shared_address(barrier)), "r"(column), "r"(row)
         : "memory");
+}
+
+// The same box to L2 alone; nobody waits for it.
+__device__ __forceinline__ void tma_prefetch_2d(const TensorMap& map, int column, int row) {
+    asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(&map), "r"(column), "r"(row)
+                 : "memory");
+}
+
+// The line of an address to L1.
+__device__ __forceinline__ void prefetch_l1(const void* address) {
+    asm volatile("prefetch.global.L1 [%0];" ::"l"(address) : "memory");
 }
 
 // `bytes` (a multiple of 16) of plain memory to shared memory. Completes on `barrier`.

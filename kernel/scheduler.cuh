@@ -4,8 +4,11 @@
 
 namespace scheduler {
 
-constexpr u32 kBlockM = BLOCK_M, kBlockN = 128;  // the host chooses BLOCK_M, see config.py
+using gemm::kBlockM, gemm::kBlockN;
 constexpr u32 kBoxRows = 32;  // activation rows of one TMA box: a part-filled block loads only the boxes that hold rows
+
+// Pool blocks of a group. GEMM 2 of a group comes after GEMM 1 of the next: its inputs are there, and still in L2.
+constexpr u32 kGroupBlocks = 16;
 
 // What every block of a rank derives from the received counts, in shared memory.
 struct Plan {
@@ -67,25 +70,52 @@ __device__ __forceinline__ u32 rows_in_block(const Plan& plan, u32 expert, u32 b
 }
 
 struct Task {
-    bool l2;
-    u32 block, column, expert, rows;  // pool block, tile column, local expert, rows of the block
+    u32 l2;                           // whether GEMM 2
+    u32 block, column, expert, rows;  // pool block, tile column, local expert, rows of the block; 0: no task any more
 };
 
-// Tasks of a rank: every tile of GEMM 1, pool block after pool block, then every tile of GEMM 2. Blocks take them in turn,
-// so a tile of GEMM 2 only waits for tiles that running blocks have already taken.
-__device__ __forceinline__ bool next_task(const layout::Rank& r, const Plan& plan, u32 index, Task& task) {
+__device__ __forceinline__ u32 l1_columns(const Shape& s) { return 2 * s.intermediate / kBlockN; }
+__device__ __forceinline__ u32 l2_columns(const Shape& s) { return (s.hidden + kBlockN - 1) / kBlockN; }
+
+// Tasks of a rank: GEMM 1 of group 0; then, for each further group, its GEMM 1 and GEMM 2 of the group before; then GEMM 2
+// of the last. Blocks take them as they come, so a task only waits for tasks that running blocks have already taken. In a
+// group, the pool blocks of one expert take each tile column one after the other: its weights are read once.
+// Task `tile` of this order.
+__device__ __forceinline__ void task_of(const layout::Rank& r, const Plan& plan, u32 tile, Task& task) {
     const u32 experts = r.p.shape.experts_local, pool_blocks = plan.first_block[experts];
-    const u32 l1_columns = 2 * r.p.shape.intermediate / kBlockN, l2_columns = r.p.shape.hidden / kBlockN;
-    u32 tile = r.block + index * r.blocks;
-    task.l2 = tile >= pool_blocks * l1_columns;
-    if (task.l2) tile -= pool_blocks * l1_columns;
-    const u32 columns = task.l2 ? l2_columns : l1_columns;
-    task.block = tile / columns;
-    task.column = tile % columns;
-    if (task.block >= pool_blocks) return false;
-    task.expert = expert_of(plan, experts, task.block);
+    task.rows = 0;
+    if (pool_blocks == 0) return;
+    const u32 l1 = l1_columns(r.p.shape), l2 = l2_columns(r.p.shape);
+    const u32 last = (pool_blocks - 1) / kGroupBlocks, in_last = pool_blocks - last * kGroupBlocks;
+    u32 group = 0;
+    task.l2 = 0;
+    const u32 first = (last == 0 ? in_last : kGroupBlocks) * l1;
+    if (tile >= first) {
+        tile -= first;
+        const u32 pair = kGroupBlocks * (l1 + l2);
+        const u32 pairs = last == 0 ? 0 : min(tile / pair, last - 1);  // of GEMM 1 of group pairs + 1, GEMM 2 of group pairs
+        tile -= pairs * pair;
+        group = pairs + 1;
+        const u32 l1_tiles = last == 0 ? 0 : (group == last ? in_last : kGroupBlocks) * l1;
+        const u32 l2_tiles = last == 0 ? 0 : kGroupBlocks * l2;
+        if (tile >= l1_tiles) {
+            tile -= l1_tiles, group = pairs, task.l2 = 1;
+            if (tile >= l2_tiles) tile -= l2_tiles, group = last;
+            if (group == last && tile >= in_last * l2) return;
+        }
+    }
+    const u32 columns = task.l2 ? l2 : l1, begin = group * kGroupBlocks, end = min(pool_blocks, begin + kGroupBlocks);
+    task.expert = expert_of(plan, experts, begin + tile / columns);
+    const u32 run = max(begin, plan.first_block[task.expert]), run_end = min(end, plan.first_block[task.expert + 1]);
+    tile -= (run - begin) * columns;
+    task.column = tile / (run_end - run);
+    task.block = run + tile % (run_end - run);
     task.rows = rows_in_block(plan, task.expert, task.block);
-    return true;
+}
+
+// The next tile for a block that has one: the first is its own number.
+__device__ __forceinline__ u32 next_tile(const layout::Rank& r) {
+    return r.blocks + ptx::atomic_add(&r.workspace().tiles_taken, 1);
 }
 
 }  // namespace scheduler

@@ -1,17 +1,34 @@
-// Shared memory of a block: a ring of stages that both GEMMs use in turn, its barriers, the plan of the rank, and where
-// its rows pass through.
+// Shared memory of a block: the ring that both GEMMs use in turn, the plan of the rank, and where its rows pass through.
 #pragma once
 #include "dispatch.cuh"
-#include "gemm.cuh"
 
-constexpr u32 kStages = STAGES, kMathWarps = 8, kDispatchWarps = 3;
-constexpr u32 kThreads = 128 + 32 * kMathWarps;
+constexpr u32 kDispatchWarps = 2, kThreads = 128 + 32 * gemm::kMathWarps;
+
+// L2 activations that share a scale, and so the chain of GEMM 2: 64 or 128. With 128 the scales fill half of their memory.
+constexpr u32 kGranularity = GRANULARITY, kTurnsPerScale = kGranularity / 64;
+static_assert(kGranularity == 64 || kGranularity == 128);
+template <bool kL1>
+constexpr u32 kGroup = kL1 ? 128 : kGranularity;
+
+// Tasks under way in a block, by their number. The producer is at most kStages tasks ahead of the math warpgroups, since a
+// task has a stage at least, and the scout one ahead of the producer.
+constexpr u32 kTasks = 8;
+static_assert(kTasks > gemm::kStages + 2);
+
+// Between scout and producer, one phase a task: the producer wants it; it is known; its operands are ready.
+struct Handover {
+    u64 wanted, known, ready;
+
+    __device__ __forceinline__ void init() {
+        ptx::mbarrier_init(&wanted, 1), ptx::mbarrier_init(&known, 1), ptx::mbarrier_init(&ready, 1);
+    }
+};
 
 struct SharedStorage {
-    // GEMM 2's stage is the larger one (two rows of scales); GEMM 1 uses the same ring.
-    gemm::Stage<scheduler::kBlockM, scheduler::kBlockN, 64> stages[kStages];
-    u64 full[kStages], empty[kStages];
+    gemm::Ring ring;
     scheduler::Plan plan;
+    scheduler::Task tasks[kTasks];
+    Handover handover;
     dispatch::Transit transit[kDispatchWarps];
 };
 

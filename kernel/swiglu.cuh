@@ -1,6 +1,7 @@
 // Eq. (4), (5): clamped SwiGLU times the routing weight, then re-quantisation to E4M3 with one power-of-two scale for 64
-// columns. The same names as in reference/swiglu.py; every operation rounds on its own.
+// or 128 columns. The same names as in reference/swiglu.py; every operation rounds on its own.
 #pragma once
+#include "quad.cuh"
 #include "special.cuh"
 
 namespace swiglu {
@@ -30,32 +31,45 @@ __device__ __forceinline__ int scale_exponent(float amax) {
 
 __device__ __forceinline__ float pow2(int e) { return __uint_as_float(static_cast<u32>(e + 127) << 23); }
 
-// The tile of one math warpgroup after GEMM 1: 64 rows x 128 interleaved columns, that is gate and up of 64 outputs. A
-// thread holds the gates of 8 columns in even groups of four registers and the ups in odd ones, for two rows; the four
-// lanes of a quad hold the 64 outputs of a row. Codes go to l2_acts [rows][intermediate], the scale to l2_acts_sf
-// [intermediate / 64][rows].
-template <bool kFast>
-__device__ __forceinline__ void requantise_tile(const float (&sum)[64], const float (&weight)[2], const Params& p, u8* l2_acts,
-                                                float* l2_acts_sf, u64 row, u32 group, u64 rows, u32 intermediate) {
-    const u32 quad = threadIdx.x % 4;
+// kTurns turns of a math warpgroup after GEMM 1, which share a scale: each is 64 rows x 128 interleaved columns, that is
+// gate and up of 64 outputs. A thread holds the gates of 8 columns in even groups of four registers and the ups in odd
+// ones, for two rows; the four lanes of a quad hold the 64 outputs of a row, and exchange them so that each stores 16
+// neighbours. `first`: the first turn of the row's I / 64, a multiple of kTurns. Codes go to l2_acts [rows][intermediate],
+// the scale to l2_acts_sf [intermediate / (64 kTurns)][rows].
+template <bool kFast, u32 kTurns>
+__device__ __forceinline__ void requantise_tile(const float (*sum)[64], const float (&weight)[2], const Params& p, u8* l2_acts,
+                                                float* l2_acts_sf, u64 row, u32 first, u64 rows, u32 intermediate) {
+    const u32 lane = threadIdx.x % 4;
 #pragma unroll
     for (u32 half = 0; half < 2; ++half) {
-        float v[16], amax = 0.0f;
+        float v[kTurns][16], amax = 0.0f;
 #pragma unroll
-        for (u32 i = 0; i < 16; ++i) {
-            const u32 gate = i / 2 * 8 + half * 2 + i % 2;
-            v[i] = activate<kFast>(sum[gate], sum[gate + 4], weight[half], p);
-            amax = fmaxf(amax, fabsf(v[i]));
+        for (u32 i = 0; i < 16 * kTurns; ++i) {
+            const u32 turn = i / 16, gate = i % 16 / 2 * 8 + half * 2 + i % 2;
+            const float value = activate<kFast>(sum[turn][gate], sum[turn][gate + 4], weight[half], p);
+            v[turn][i % 16] = value;
+            amax = fmaxf(amax, fabsf(value));
         }
         amax = fmaxf(amax, __shfl_xor_sync(0xFFFFFFFFu, amax, 1));
         amax = fmaxf(amax, __shfl_xor_sync(0xFFFFFFFFu, amax, 2));
         const int e = scale_exponent(amax);
         const float factor = pow2(-e);
-        u8* target = l2_acts + (row + 8 * half) * intermediate + group * 64 + 2 * quad;
 #pragma unroll
-        for (u32 i = 0; i < 16; i += 2)
-            *reinterpret_cast<u16*>(target + i / 2 * 8) = ptx::cvt_e4m3x2(v[i + 1] * factor, v[i] * factor);
-        if (quad == 0) l2_acts_sf[group * rows + row + 8 * half] = pow2(e);
+        for (u32 turn = 0; turn < kTurns; ++turn) {
+            // Word w: codes of columns 16 w + 2 q and + 8; lane q then has 16 q + 2 p and + 8 of each lane p.
+            u32 words[4];
+#pragma unroll
+            for (u32 w = 0; w < 4; ++w) {
+                const float* four = v[turn] + 4 * w;
+                const u32 low = ptx::cvt_e4m3x2(four[1] * factor, four[0] * factor);
+                words[w] = low | static_cast<u32>(ptx::cvt_e4m3x2(four[3] * factor, four[2] * factor)) << 16;
+            }
+            quad::transpose(words);
+            *reinterpret_cast<uint4*>(l2_acts + (row + 8 * half) * intermediate + (first + turn) * 64 + 16 * lane) =
+                make_uint4(__byte_perm(words[0], words[1], 0x5410), __byte_perm(words[2], words[3], 0x5410),
+                           __byte_perm(words[0], words[1], 0x7632), __byte_perm(words[2], words[3], 0x7632));
+        }
+        if (lane == 0) l2_acts_sf[first / kTurns * rows + row + 8 * half] = pow2(e);
     }
 }
 

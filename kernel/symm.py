@@ -10,7 +10,13 @@ from torch import Tensor
 
 from kernel.config import MAX_RANKS, ConfigError, Problem
 
-COUNTERS = {1: "blocks of the rank", 2: "ranks", 3: "rows of a pool block", 4: "L1 tiles of a pool block", 5: "a stage"}
+COUNTERS = {
+    1: "blocks of the rank",
+    2: "ranks",
+    3: "rows of a pool block",
+    4: "L1 tiles of a pool block",
+    5: "L2 tiles of a pool block",
+}
 """`Counter` of barrier.cuh, in words."""
 
 
@@ -44,7 +50,10 @@ def local_group(group: Any) -> VirtualGroup | None:
 
 
 class RankViews:
-    """Views of one rank's part of the symmetric buffer; x, x_sf, topk_idx and topk_weights are the inputs."""
+    """Views of one rank's part of the symmetric buffer; x, x_sf, topk_idx and topk_weights are the inputs.
+
+    l2_acts_sf has a column for 64 activations; after a launch of granularity 128 its first I/128 columns are valid.
+    """
 
     def __init__(self, problem: Problem, storage: Tensor) -> None:
         self.storage = storage
@@ -55,15 +64,15 @@ class RankViews:
             return storage[offsets[name] : offsets[name] + count].view(dtype).view(shape)
 
         t, k, h, i = problem.capacity, problem.topk, problem.hidden, problem.intermediate
-        rows = problem.pool_rows
+        rows, ring = problem.pool_rows, problem.ring_rows
         self.x = view("x", torch.float8_e4m3fn, t, h)
         self.x_sf = view("x_sf", torch.float32, t, h // 128)
         self.topk_idx = view("topk_idx", torch.int64, t, k)
         self.topk_weights = view("topk_weights", torch.float32, t, k)
-        self.l1_acts = view("l1_acts", torch.float8_e4m3fn, rows, h)
-        self.l1_acts_sf = view("l1_acts_sf", torch.float32, h // 128, rows).t()
-        self.l2_acts = view("l2_acts", torch.float8_e4m3fn, rows, i)
-        self.l2_acts_sf = view("l2_acts_sf", torch.float32, i // 64, rows).t()
+        self.l1_acts = view("l1_acts", torch.float8_e4m3fn, ring, h)
+        self.l1_acts_sf = view("l1_acts_sf", torch.float32, h // 128, ring).t()
+        self.l2_acts = view("l2_acts", torch.float8_e4m3fn, ring, i)
+        self.l2_acts_sf = view("l2_acts_sf", torch.float32, i // 64, ring).t()
         self.slots = view("slots", torch.bfloat16, k, t, h)
         self.pool_source = view("pool_source", torch.int32, rows, 2)
 
@@ -106,9 +115,17 @@ class SymmBuffer:
         self.template = None
 
     def check(self) -> None:
-        """Waits for the launches so far. Raises KernelTimeout when a role gave up waiting."""
+        """Waits for the launches so far, on whatever stream. Raises KernelTimeout when a role gave up waiting.
+
+        All roles have left the launch by then; its counters are made zero, so that the buffer can be used again. What
+        is launched between a failure and this call computes nothing.
+        """
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         flag, rank, block, counter, expected, seen, *_ = self.status.tolist()
         if flag:
             self.status.zero_()
+            for views in self._ranks:
+                views.storage[self.offsets["rank_counter"] : self.offsets["l1_acts"]].zero_()
             what = COUNTERS.get(counter, "nothing known")
             raise KernelTimeout(f"rank {rank}, block {block} waited for {what}: expected {expected}, saw {seen}")

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numba
 import numpy as np
 import torch
-from numba import guvectorize, njit, vectorize
+from numba import njit, vectorize
 from torch import Tensor
 
 from quant import atoms, lanes, tables
@@ -201,40 +201,42 @@ def _scalar_decode_bf16(code):
     return _one_nan(np.uint32((np.uint32(code) & 0xFFFF) << 16).view(np.float32))
 
 
-# Eager signatures, cached on disk; the loops below are numpy ufuncs, so they broadcast as numpy does.
-_unary = {"nopython": True, "cache": True}
+# Plain loops: numba's cache of gufuncs is not safe when processes fill it side by side (its issue 10128): test runs
+# with several workers on a fresh machine ended in segmentation faults.
 
 
-@guvectorize("void(float32[:], int32[:], float32[:])", "(n),(t)->(n)", **_unary)
+@_compiled
 def _rcp(x, rcp, out):
     for i in range(x.size):
         out[i] = _scalar_rcp(x[i], rcp)
 
 
-@guvectorize("void(float32[:], int32[:], float32[:])", "(n),(t)->(n)", **_unary)
+@_compiled
 def _ex2(x, ex2, out):
     for i in range(x.size):
         out[i] = _scalar_ex2(x[i], ex2)
 
 
-@guvectorize("void(float32[:], int32[:], float32[:])", "(n),(t)->(n)", **_unary)
+@_compiled
 def _expf(x, ex2, out):
     for i in range(x.size):
         out[i] = _scalar_expf(x[i], ex2)
 
 
-@guvectorize("void(float32[:], int32[:], int32[:], float32[:])", "(n),(t),(t)->(n)", **_unary)
+@_compiled
 def _silu_fast(x, rcp, ex2, out):
     for i in range(x.size):
         out[i] = _scalar_silu_fast(x[i], rcp, ex2)
 
 
-@guvectorize("void(float32[:], int32[:], float32[:])", "(n),(t)->(n)", **_unary)
+@_compiled
 def _silu_precise(x, ex2, out):
     for i in range(x.size):
         out[i] = _scalar_silu_precise(x[i], ex2)
 
 
+# Eager signatures, cached on disk; these are numpy ufuncs, so they broadcast as numpy does.
+_unary = {"nopython": True, "cache": True}
 _fma = vectorize("float32(float32, float32, float32)", **_unary)(_scalar_fma.py_func)
 _encode_e4m3 = vectorize("uint8(float32)", **_unary)(_scalar_encode_e4m3.py_func)
 _decode_e4m3 = vectorize("float32(uint8)", **_unary)(_scalar_decode_e4m3.py_func)
@@ -246,35 +248,43 @@ def _table(name: str) -> np.ndarray:
     return tables.load(name).numpy()
 
 
-def _floats(x: Tensor, function: Callable[..., np.ndarray], *table_names: str) -> Tensor:
+def _looked_up(x: Tensor, loop: Callable[..., None], *table_names: str) -> Tensor:
+    """A function of fp32 values by tables of the chip."""
     atoms.check_f32("x", x)
-    return _flat(x, function, *table_names)
+    out = torch.empty(x.shape)
+    loop(x.contiguous().reshape(-1).numpy(), *map(_table, table_names), out.reshape(-1).numpy())
+    return out
 
 
-def _flat(x: Tensor, function: Callable[..., np.ndarray], *table_names: str) -> Tensor:
+def _floats(x: Tensor, function: Callable[..., np.ndarray]) -> Tensor:
+    atoms.check_f32("x", x)
+    return _flat(x, function)
+
+
+def _flat(x: Tensor, function: Callable[..., np.ndarray]) -> Tensor:
     flat = x.contiguous().reshape(-1).numpy()
     with np.errstate(all="ignore"):  # NaN, infinities and overflow are results here, not accidents
-        return torch.from_numpy(function(flat, *map(_table, table_names))).reshape(x.shape)
+        return torch.from_numpy(function(flat)).reshape(x.shape)
 
 
 def rcp_approx(x: Tensor) -> Tensor:
     """See `atoms.rcp_approx`."""
-    return _floats(x, _rcp, "rcp")
+    return _looked_up(x, _rcp, "rcp")
 
 
 def ex2_approx(x: Tensor) -> Tensor:
     """See `atoms.ex2_approx`."""
-    return _floats(x, _ex2, "ex2")
+    return _looked_up(x, _ex2, "ex2")
 
 
 def expf(x: Tensor) -> Tensor:
     """See `atoms.expf`."""
-    return _floats(x, _expf, "ex2")
+    return _looked_up(x, _expf, "ex2")
 
 
 def silu(x: Tensor, fast: bool) -> Tensor:
     """See `atoms.silu`."""
-    return _floats(x, _silu_fast, "rcp", "ex2") if fast else _floats(x, _silu_precise, "ex2")
+    return _looked_up(x, _silu_fast, "rcp", "ex2") if fast else _looked_up(x, _silu_precise, "ex2")
 
 
 def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:

@@ -37,6 +37,14 @@ def pool_rows(counts: Tensor, block_m: int = BLOCK_M) -> tuple[Tensor, Tensor]:
     return first_rows(counts[None], block_m)[0, expert] + inside, expert
 
 
+def ring_row(block: Index, row_in_block: Index, ring_blocks: int) -> Index:
+    """Row of the ring where activations of a pool block's row stand: blocks take the places in turn.
+
+    Source and weight of a row stand by its pool row.
+    """
+    return block % ring_blocks * BLOCK_M + row_in_block
+
+
 def entry_of(token: Index, slot: Index, topk: int) -> Index:
     """The number by which ranks name an active slot of a source rank: token * K + slot."""
     return token * topk + slot
@@ -58,13 +66,22 @@ def recv_list(source: Index, expert: Index, experts_local: int, capacity: int, t
 
 
 def fields(
-    ranks: int, experts: int, topk: int, hidden: int, intermediate: int, capacity: int, pool_rows: int
+    ranks: int,
+    experts: int,
+    topk: int,
+    hidden: int,
+    intermediate: int,
+    capacity: int,
+    pool_blocks: int,
+    ring_blocks: int,
 ) -> dict[str, Field]:
     """name -> (dtype, shape) of each field of a rank's symmetric buffer, in order: `Layout` of kernel/params.cuh.
 
-    Of `workspace` only the two counters of each pool block are given; what stands before them is the kernel's own.
+    Of `workspace` only the three counters of each pool block are given; what stands before them is the kernel's own.
+    Activations have memory for `ring_blocks` pool blocks.
     """
-    t, k, h, i, rows = capacity, topk, hidden, intermediate, pool_rows
+    t, k, h, i = capacity, topk, hidden, intermediate
+    rows, ring = pool_blocks * BLOCK_M, ring_blocks * BLOCK_M
     fp8, f32, u32 = torch.float8_e4m3fn, torch.float32, torch.int32
     return {
         "x": (fp8, (t, h)),
@@ -75,11 +92,11 @@ def fields(
         "recv_count": (u32, (ranks, experts // ranks)),
         "recv_list": (u32, (ranks, experts // ranks, t * k)),
         "rank_counter": (u32, (1,)),
-        "workspace": (u32, (2, rows // BLOCK_M)),
-        "l1_acts": (fp8, (rows, h)),
-        "l1_acts_sf": (f32, (h // 128, rows)),  # transposed: a tile's scales of one K block are contiguous
-        "l2_acts": (fp8, (rows, i)),
-        "l2_acts_sf": (f32, (i // 64, rows)),
+        "workspace": (u32, (3, pool_blocks)),
+        "l1_acts": (fp8, (ring, h)),
+        "l1_acts_sf": (f32, (h // 128, ring)),  # transposed: a tile's scales of one K block are contiguous
+        "l2_acts": (fp8, (ring, i)),
+        "l2_acts_sf": (f32, (i // 64, ring)),
         "pool_source": (u32, (rows, 2)),
         "pool_weight": (f32, (rows,)),
     }

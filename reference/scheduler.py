@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from functools import lru_cache
+from itertools import accumulate, groupby, pairwise
 
 from reference.layout import BLOCK_M
 
-BLOCK_N = 128
-"""Columns of a tile."""
+BLOCK_N = 256
+"""Columns of a tile; the last one of GEMM 2 may be half as wide."""
+GROUP_BLOCKS = 16
+"""Pool blocks of a group: GEMM 2 of a group comes after GEMM 1 of the next."""
 
 
 @dataclass(frozen=True)
@@ -33,18 +36,23 @@ class Task:
     block: int
     """Pool block."""
     column: int
-    """Tile column: BLOCK_N columns of 2I (interleaved), or of H."""
+    """Tile column: BLOCK_N columns of 2I (interleaved), or of H, where the last tile may have fewer."""
     expert: int
     """Local expert."""
     rows: int
     """Rows of the pool block."""
 
 
+def blocks_of(rows: int) -> int:
+    """Pool blocks of an expert with so many rows."""
+    return -(-rows // BLOCK_M)
+
+
 def make_plan(counts: Sequence[Sequence[int]]) -> Plan:
     """counts [R][E_loc]: rows that each source rank sends to each local expert."""
     by_expert = list(zip(*counts, strict=True))
     rows = tuple(map(sum, by_expert))
-    first_block = tuple(accumulate((-(-n // BLOCK_M) for n in rows), initial=0))
+    first_block = tuple(accumulate(map(blocks_of, rows), initial=0))
     return Plan(first_block, rows, tuple(tuple(accumulate(sent[:-1], initial=0)) for sent in by_expert))
 
 
@@ -58,19 +66,58 @@ def rows_in_block(plan: Plan, expert: int, block: int) -> int:
     return min(BLOCK_M, plan.rows[expert] - (block - plan.first_block[expert]) * BLOCK_M)
 
 
-def next_task(plan: Plan, hidden: int, intermediate: int, block: int, blocks: int, index: int) -> Task | None:
-    """The task of a rank's block at its turn `index` = 0, 1, ...; None: no more.
+def l1_columns(intermediate: int) -> int:
+    """Tile columns of GEMM 1."""
+    return 2 * intermediate // BLOCK_N
 
-    Every tile of GEMM 1 comes first, pool block after pool block, column after column, then those of GEMM 2; the
-    `blocks` thread blocks take them in turn. So a tile of GEMM 2 waits only for tiles that were taken before it, and
-    whoever took them waits for nothing that comes later.
+
+def l2_columns(hidden: int) -> int:
+    """Tile columns of GEMM 2."""
+    return -(-hidden // BLOCK_N)
+
+
+def next_tile(taken: int, blocks: int) -> int:
+    """The next tile for a thread block of `blocks` that has one, where `taken` were given out like this before.
+
+    The first tile of a block is its own number; then whoever asks gets the next, so that blocks which got long tasks
+    take fewer.
+    """
+    return blocks + taken
+
+
+def task_of(plan: Plan, hidden: int, intermediate: int, tile: int) -> Task | None:
+    """Task `tile` = 0, 1, ... of a rank; None: no more.
+
+    A task waits only for tasks that stand before it. Blocks take them in this order, so the first one that is not done
+    waits for nothing.
+    """
+    tasks = all_tasks(plan, hidden, intermediate)
+    return tasks[tile] if tile < len(tasks) else None
+
+
+@lru_cache(maxsize=8)
+def all_tasks(plan: Plan, hidden: int, intermediate: int) -> tuple[Task, ...]:
+    """Every task of a rank in order.
+
+    GEMM 1 of the first group of pool blocks; of each further group GEMM 1, then GEMM 2 of the group before; at the end
+    GEMM 2 of the last. So a group's inputs of GEMM 2 are complete and still in L2, and two groups are under way at
+    most: a ring of two groups is enough for their activations.
     """
     pool_blocks = plan.first_block[-1]
-    l1_columns, l2_columns = 2 * intermediate // BLOCK_N, hidden // BLOCK_N
-    tile = block + index * blocks
-    l2 = tile >= pool_blocks * l1_columns
-    pool_block, column = divmod(tile - l2 * pool_blocks * l1_columns, l2_columns if l2 else l1_columns)
-    if pool_block >= pool_blocks:
-        return None
-    expert = expert_of(plan, pool_block)
-    return Task(l2, pool_block, column, expert, rows_in_block(plan, expert, pool_block))
+    first, last = l1_columns(intermediate), l2_columns(hidden)
+    groups = [range(pool_blocks)[begin : begin + GROUP_BLOCKS] for begin in range(0, pool_blocks, GROUP_BLOCKS)]
+    tasks = [*_of_group(plan, groups[0], False, first)] if groups else []
+    for before, group in pairwise(groups):
+        tasks += _of_group(plan, group, False, first)
+        tasks += _of_group(plan, before, True, last)
+    return (*tasks, *_of_group(plan, groups[-1], True, last)) if groups else ()
+
+
+def _of_group(plan: Plan, group: range, l2: bool, columns: int) -> Iterator[Task]:
+    """One GEMM of a group: expert after expert; all its blocks take a tile column before the next, so that each of its
+    weights is read once."""
+    for expert, run in groupby(group, lambda block: expert_of(plan, block)):
+        blocks = list(run)
+        for column in range(columns):
+            for block in blocks:
+                yield Task(l2, block, column, expert, rows_in_block(plan, expert, block))

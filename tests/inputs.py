@@ -42,7 +42,7 @@ class Inputs:
         digest = hashlib.sha256()
         for tensors in (self.x, self.x_sf, self.topk_idx, self.topk_weights):
             for tensor in tensors:
-                digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+                digest.update(tensor.cpu().flatten().contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
 

@@ -5,8 +5,10 @@ What needs no GPU runs on CPU tensors: a library that records Params, a device a
 
 from __future__ import annotations
 
+import gc
 import inspect
 import math
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -15,9 +17,9 @@ import torch
 from torch import Tensor
 
 from kernel import api, arguments, config
-from kernel.config import TILES, ConfigError, Problem, Tile
+from kernel.config import ConfigError, Problem
 from kernel.launch import Device, TensorMap
-from quant.recipe import Recipe, RecipeError
+from quant.recipe import RECIPES, Recipe, RecipeError
 
 HIDDEN, INTER, EXPERTS, TOPK, CAPACITY, SMS = 256, 128, 4, 2, 8, 130
 FP8, F32, BF16 = torch.float8_e4m3fn, torch.float32, torch.bfloat16
@@ -50,11 +52,12 @@ class FakeLibrary:
 
     def __init__(self) -> None:
         self.launches: list[tuple[str, Any, tuple]] = []
-        self.tiles: list[Tile] = []
+        self.granularities: list[int] = []
         self.encoded = 0
 
-    def of(self, tile: Tile) -> FakeLibrary:
-        self.tiles.append(tile)
+    def of(self, granularity: int) -> FakeLibrary:
+        """What stands in for `api._library`."""
+        self.granularities.append(granularity)
         return self
 
     def kernel(self, name: str) -> Callable[..., None]:
@@ -112,6 +115,9 @@ ONE_RANK = {
     "l1 dtype": ("l1_weights", lambda l1: (l1[0].view(torch.uint8), l1[1]), "l1_weights is torch.uint8"),
     "l1 address": ("l1_weights", lambda l1: (changed(l1[0], "address"), l1[1]), "l1_weights begins at"),
     "l1 scales": ("l1_weights", lambda l1: (l1[0], l1[1].double()), "l1_weights scales is torch.float64"),
+    "l1 device": ("l1_weights", lambda l1: (changed(l1[0], "device"), l1[1]), "l1_weights is on meta; it must be on"),
+    "l1 scales strides": ("l1_weights", lambda l1: (l1[0], changed(l1[1], "strides")), "l1_weights scales .* strides"),
+    "l2 scales device": ("l2_weights", lambda l2: (l2[0], changed(l2[1], "device")), "l2_weights scales is on meta"),
     "l2 shape": ("l2_weights", lambda l2: (l2[0][:3], l2[1]), "l2_weights is .*\\[3, 256, 128\\]; .*\\[4, 256, 128\\]"),
     "l2 strides": ("l2_weights", lambda l2: (changed(l2[0], "strides"), l2[1]), "l2_weights is .* with strides"),
     "l2 scales": ("l2_weights", lambda l2: (l2[0], l2[1][:, :1]), "l2_weights scales is torch.float32 \\[4, 1, 1\\]"),
@@ -119,6 +125,16 @@ ONE_RANK = {
         "cumulative_local_expert_recv_stats",
         lambda s: s.long(),
         "cumulative_local_expert_recv_stats is .*int64",
+    ),
+    "stats strides": (
+        "cumulative_local_expert_recv_stats",
+        lambda s: s.repeat(2)[::2],
+        "_recv_stats is .* with strides \\(2,\\)",
+    ),
+    "stats device": (
+        "cumulative_local_expert_recv_stats",
+        lambda s: changed(s, "device"),
+        "_recv_stats is on meta; it must be on",
     ),
     "stats size": ("cumulative_local_expert_recv_stats", lambda s: s[1:], "_recv_stats is torch.int32 \\[3\\]"),
     "buffer": ("sym_buffer", lambda b: None, "sym_buffer = None must come from"),
@@ -142,6 +158,7 @@ GROUP = {
     "rank": ("y", lambda ys: [ys[0], ys[1].half()], "y of rank 1 is torch.float16"),
     "weights": ("l2_weights", lambda l2s: [l2s[0], l2s[1][::-1]], "l2_weights of rank 1 is torch.float32"),
     "stats": ("cumulative_local_expert_recv_stats", lambda s: s[:1], "_recv_stats has 1 entries"),
+    "same stats": ("cumulative_local_expert_recv_stats", lambda s: [s[0], s[0]], "_recv_stats of rank 1 overlaps"),
     "same y": ("y", lambda ys: [ys[0], ys[0]], "y of rank 1 overlaps y of rank 0"),
     "overlap": ("y", lambda ys: [ys[1][:2], ys[1][1:]], "y of rank 1 overlaps y of rank 0"),
 }
@@ -176,6 +193,7 @@ def test_meta_tensors_are_judged_too() -> None:
         ({"activation_clamp": math.inf, "fast_math": True}, "moe_fast", None),
         ({"recipe": Recipe(silu="precise")}, "moe_precise", 10.0),
         ({"recipe": Recipe(silu="precise"), "fast_math": False, "activation_clamp": 10}, "moe_precise", 10.0),
+        ({"recipe": Recipe(clamp=None, activation_granularity=128), "fast_math": True}, "moe_fast", None),
     ],
     ids=str,
 )
@@ -183,7 +201,9 @@ def test_recipes_that_are_taken(library: FakeLibrary, options: dict, entry: str,
     api.fp8_mega_moe(**call(), **options)
     ((name, params, sizes),) = library.launches
     assert (name, params.swiglu.clamped, params.swiglu.clamp) == (entry, clamp is not None, clamp or 0.0)
-    assert sizes == (SMS, config.THREADS, TILES[0].shared_bytes())
+    assert sizes == (SMS, config.THREADS, config.shared_bytes())
+    recipe = options.get("recipe")
+    assert library.granularities == [recipe.activation_granularity if isinstance(recipe, Recipe) else 64]
 
 
 @pytest.mark.parametrize(
@@ -201,7 +221,8 @@ def test_recipes_that_are_taken(library: FakeLibrary, options: dict, entry: str,
         ({"recipe": Recipe(), "activation_clamp": 9.0}, ConfigError, "activation_clamp = 9.0 must be left out or"),
         ({"recipe": Recipe(), "fast_math": False}, ConfigError, "fast_math = False must be left out or agree"),
         ({"recipe": Recipe(silu="precise"), "fast_math": True}, ConfigError, "fast_math = True must be left out"),
-        ({"recipe": Recipe(activation_granularity=128)}, RecipeError, "field activation_granularity = 128"),
+        ({"recipe": RECIPES["unfused"]}, RecipeError, "field l1_rounding = 'bf16'"),
+        ({"recipe": RECIPES["fp32_scales"]}, RecipeError, "field activation_scale = 'fp32'"),
     ],
     ids=str,
 )
@@ -254,11 +275,15 @@ SIZES = {"num_experts": 4, "num_max_tokens_per_rank": 8, "num_topk": 2, "hidden"
         ),
         ({"num_topk": 2.0}, "num_topk = 2.0 must be an int"),
         ({"hidden": 255}, "hidden = 255 must be"),
+        ({"intermediate_hidden": 192}, "intermediate = 192 must be a positive multiple of 128"),
+        ({"group": api.VirtualGroup(2), "num_experts": 5}, "num_experts = 5 must be a multiple of ranks = 2"),
+        ({"num_topk": 33}, "num_topk = 33 must be in"),
+        ({"num_max_tokens_per_rank": 0}, "num_max_tokens_per_rank = 0 must be positive"),
         ({"use_fp8_dispatch": False}, "use_fp8_dispatch = False"),
         ({"mma_type": "bf16"}, "mma_type = 'bf16' must be 'fp8xfp8'"),
         ({"activation": "gelu"}, "activation = 'gelu'"),
     ],
-    ids=["group", "process_group", "num_topk", "hidden", "use_fp8_dispatch", "mma_type", "activation"],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "refused",
 )
 def test_buffers_refuse_by_name(
     library: FakeLibrary, monkeypatch: pytest.MonkeyPatch, changes: dict, message: str
@@ -271,6 +296,14 @@ def test_buffers_refuse_by_name(
         assert buffer.group is None
         assert buffer.x.shape == (8, 256)
     assert api.get_symm_buffer_for_mega_moe(api.VirtualGroup(2), **SIZES).rank(1).x.shape == (8, 256)
+    many = SIZES | {"num_max_tokens_per_rank": 8192}
+    for ring_blocks, held in ((None, config.RING_BLOCKS), (32, 32), (33, 33), (1000, 131)):
+        small = api.get_symm_buffer_for_mega_moe(None, **many, ring_blocks=ring_blocks)
+        assert small.l1_acts.shape == (128 * held, 256)
+        assert small.l2_acts_sf.shape == (128 * held, 2)
+        assert small.pool_source.shape == (128 * 131, 2), "where a row came from stays"
+    with pytest.raises(ConfigError, match="ring_blocks = 31 must be at least 32"):
+        api.get_symm_buffer_for_mega_moe(None, **many, ring_blocks=31)
 
 
 def test_a_destroyed_buffer_is_refused(library: FakeLibrary) -> None:
@@ -327,15 +360,18 @@ def test_params_hold_what_was_passed(library: FakeLibrary) -> None:
     for rank in range(2):
         own, views = params.rank[rank], good["sym_buffer"].rank(rank)
         (w1, w1_sf), (w2, w2_sf) = good["l1_weights"][rank], good["l2_weights"][rank]
-        rows = good["sym_buffer"].problem.pool_rows
+        rows = good["sym_buffer"].problem.ring_rows
         assert list(own.l1_acts.opaque[:4]) == [views.l1_acts.data_ptr(), rows, HIDDEN, config.BOX_ROWS]
         assert list(own.l2_acts.opaque[:4]) == [views.l2_acts.data_ptr(), rows, INTER, config.BOX_ROWS]
-        assert list(own.w1.opaque[:4]) == [w1.data_ptr(), 2 * 2 * INTER, HIDDEN, config.BLOCK_N]
-        assert list(own.w2.opaque[:4]) == [w2.data_ptr(), 2 * HIDDEN, INTER, config.BLOCK_N]
+        assert list(own.w1.opaque[:4]) == [w1.data_ptr(), 2 * 2 * INTER, HIDDEN, config.TURN_N]
+        assert list(own.w2.opaque[:4]) == [w2.data_ptr(), 2 * HIDDEN, INTER, config.TURN_N]
         assert (own.w1_sf, own.w2_sf) == (w1_sf.data_ptr(), w2_sf.data_ptr())
         assert (own.y, own.tokens) == (good["y"][rank].data_ptr(), 3 + rank)
         assert own.stats == good["cumulative_local_expert_recv_stats"][rank].data_ptr()
         assert params.buffer[rank] == views.storage.data_ptr()
+    problem = good["sym_buffer"].problem
+    assert (params.shape.pool_blocks, params.shape.ring_blocks) == (problem.pool_blocks, problem.ring_blocks)
+    assert params.shape.ring_rows == problem.ring_rows
 
 
 def test_other_weights_and_recipes_have_their_own_plan(library: FakeLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -353,6 +389,15 @@ def test_other_weights_and_recipes_have_their_own_plan(library: FakeLibrary, mon
     assert library.encoded == 2 + 2 * 5  # the plan that was made first went first
 
 
+def test_a_granularity_has_its_own_plan_and_cubin(library: FakeLibrary) -> None:
+    good = call()
+    for granularity in (64, 128, 64, 128, 128):
+        api.fp8_mega_moe(**good, recipe=Recipe(activation_granularity=granularity))
+    assert library.granularities == [64, 128, 64, 128, 128]
+    assert len(good["sym_buffer"].plans) == 2
+    assert len({bytes(params) for _, params, _ in library.launches}) == 1, "all else of a launch is shared"
+
+
 def test_the_library_is_looked_up_at_every_call(library: FakeLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
     good, other = call(), FakeLibrary()
     api.fp8_mega_moe(**good)
@@ -361,14 +406,108 @@ def test_the_library_is_looked_up_at_every_call(library: FakeLibrary, monkeypatc
     assert (len(library.launches), len(other.launches)) == (1, 1)
 
 
-def test_the_tile_follows_the_tokens(library: FakeLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config, "TALL_FROM", CAPACITY * TOPK / EXPERTS)
+# --- what was judged before -------------------------------------------------------------------------------------------
+
+
+def judged(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the checks that are made from now on."""
+    made: list[str] = []
+    for name in ("check_weights", "check_outputs"):
+        check = getattr(arguments, name)
+        monkeypatch.setattr(arguments, name, lambda *args, n=name, c=check: (made.append(n), c(*args)))
+    return made
+
+
+def other_object(value: Any) -> Any:
+    """The same memory in the same form, nested lists included, as objects that nobody has seen."""
+    return type(value)(map(other_object, value)) if isinstance(value, list | tuple) else value.view(value.shape)
+
+
+@pytest.mark.parametrize("ranks", [None, 2])
+def test_what_was_judged_is_not_judged_again(
+    library: FakeLibrary, monkeypatch: pytest.MonkeyPatch, ranks: int | None
+) -> None:
+    good, made = call(ranks), judged(monkeypatch)
+    api.fp8_mega_moe(**good)
+    assert made == ["check_weights", "check_outputs"]
+    for argument in good.keys() - {"sym_buffer"}:
+        for _ in range(2):
+            api.fp8_mega_moe(**good | {argument: other_object(good[argument])})
+    api.fp8_mega_moe(**good | {"y": [y[:1] for y in good["y"]] if ranks else good["y"][:1]})
+    assert made == ["check_weights", "check_outputs", "check_outputs"]
+    assert library.launches[-1][1].rank[0].tokens == 1
+    assert bytes(library.launches[0][1]) == bytes(library.launches[-2][1])
+
+
+@pytest.mark.parametrize("part", [0, 1], ids=["codes", "scales"])
+@pytest.mark.parametrize("argument", ["l1_weights", "l2_weights"])
+def test_another_tensor_at_the_same_address_is_judged(library: FakeLibrary, argument: str, part: int) -> None:
+    """Memory that was freed and given to other sizes looks like this: the address of a plan, another object."""
     good = call()
-    for tokens in (CAPACITY - 1, CAPACITY, CAPACITY, CAPACITY - 1):
-        api.fp8_mega_moe(**good | {"y": torch.zeros(tokens, HIDDEN, dtype=BF16)})
-    tiles = [TILES[0], TILES[1], TILES[1], TILES[0]]
-    assert library.tiles == tiles
-    assert [sizes[2] for *_, sizes in library.launches] == [tile.shared_bytes() for tile in tiles]
+    api.fp8_mega_moe(**good)
+    pair = list(good[argument])
+    shape = pair[part].shape
+    for wrong in (pair[part][1:].new_empty(0).set_(pair[part][:3]), pair[part].view(torch.int8).view(shape[0], -1)):
+        assert wrong.data_ptr() == pair[part].data_ptr()
+        changed_pair = [*pair[:part], wrong, *pair[part + 1 :]]
+        with pytest.raises(ConfigError, match=argument):
+            api.fp8_mega_moe(**good | {argument: tuple(changed_pair)})
+    assert len(library.launches) == 1
+
+
+def test_weights_that_are_freed_are_not_kept(library: FakeLibrary) -> None:
+    good = call(2)
+    api.fp8_mega_moe(**good)
+    watched = [weakref.ref(tensor) for name in ("l1_weights", "l2_weights") for pair in good[name] for tensor in pair]
+    watched += [weakref.ref(tensor) for tensor in (*good["y"], *good["cumulative_local_expert_recv_stats"])]
+    buffer = good.pop("sym_buffer")
+    good.clear()
+    gc.collect()
+    assert [reference() for reference in watched] == [None] * len(watched)
+    for _ in range(3):  # whatever the allocator gives now
+        fresh = call(2) | {"sym_buffer": buffer}
+        api.fp8_mega_moe(**fresh)
+        own, (w1, w1_sf) = library.launches[-1][1].rank[1], fresh["l1_weights"][1]
+        assert (own.w1.opaque[0], own.w1_sf, own.y) == (w1.data_ptr(), w1_sf.data_ptr(), fresh["y"][1].data_ptr())
+        del fresh
+
+
+def test_tensors_that_change_in_place_are_seen(library: FakeLibrary) -> None:
+    good = call()
+    y, (w1, w1_sf), stats = good["y"], good["l1_weights"], good["cumulative_local_expert_recv_stats"]
+    api.fp8_mega_moe(**good)
+    address = y.data_ptr()
+    y.resize_(2, HIDDEN)
+    api.fp8_mega_moe(**good)
+    assert y.data_ptr() == address
+    for tensor in (w1, w1_sf, y, stats):
+        tensor.data = tensor.clone()
+        api.fp8_mega_moe(**good)
+    own = library.launches[-1][1].rank[0]
+    assert [params.rank[0].tokens for _, params, _ in library.launches] == [3, *[2] * 5]
+    assert (own.w1.opaque[0], own.w1_sf, own.y, own.stats) == tuple(t.data_ptr() for t in (w1, w1_sf, y, stats))
+    for tensor, argument in ((w1, "l1_weights"), (y, "y"), (stats, "cumulative_local_expert_recv_stats")):
+        before = tensor.data
+        tensor.data = before.new_zeros(before.shape[0] + 9, *before.shape[1:])
+        with pytest.raises(ConfigError, match=f"{argument} (is|has) "):
+            api.fp8_mega_moe(**good)
+        tensor.data = before
+        api.fp8_mega_moe(**good)
+    y.resize_(2, HIDDEN // 2)
+    with pytest.raises(ConfigError, match=r"y is torch.bfloat16 \[2, 128\]"):
+        api.fp8_mega_moe(**good)
+
+
+def test_stats_come_and_go(library: FakeLibrary) -> None:
+    good = call(2)
+    name = "cumulative_local_expert_recv_stats"
+    first, second = good[name]
+    for stats in ([first, second], None, [None, second], [first, None], [second, first], [None, None], None):
+        api.fp8_mega_moe(**good | {name: stats})
+        wanted = [None if counts is None else counts.data_ptr() for counts in stats or [None, None]]
+        assert [own.stats for own in library.launches[-1][1].rank[:2]] == wanted
+    with pytest.raises(ConfigError, match="recv_stats has 0 entries"):
+        api.fp8_mega_moe(**good | {name: []})
 
 
 def test_names_of_the_public_call() -> None:

@@ -11,19 +11,15 @@ from hypothesis import strategies as st
 
 from kernel import api, config
 from kernel.build import FOLDER
-from kernel.config import MAX_EXPERTS, MAX_RANKS, SHARED_LIMIT, TILES, ConfigError, Problem, choose_tile
+from kernel.config import GROUP_BLOCKS, MAX_EXPERTS, MAX_RANKS, RING_BLOCKS, SHARED_LIMIT, ConfigError, Problem
+from quant.recipe import RECIPES, Recipe, RecipeError
 
 GOOD = {"ranks": 8, "experts": 256, "topk": 6, "hidden": 4096, "intermediate": 2048, "capacity": 64}
 
 
 def test_shared_memory_fits_a_block() -> None:
-    assert [tile.shared_bytes() for tile in TILES] == [222_208, 224_256]
-    assert all(tile.shared_bytes() + 1024 <= SHARED_LIMIT for tile in TILES)
-
-
-@pytest.mark.parametrize(("tokens", "block_m"), [(0, 128), (8, 128), (597, 128), (598, 256), (1024, 256)])
-def test_the_tall_tile_is_for_many_rows_an_expert(tokens: int, block_m: int) -> None:
-    assert choose_tile(Problem(**GOOD | {"capacity": 1024}), tokens).block_m == block_m
+    assert (config.ring_bytes(), config.shared_bytes()) == (201_728, 217_088)
+    assert config.shared_bytes() + 1024 <= SHARED_LIMIT
 
 
 @pytest.mark.parametrize(
@@ -32,15 +28,32 @@ def test_the_tall_tile_is_for_many_rows_an_expert(tokens: int, block_m: int) -> 
         ("params.cuh", "kMaxRanks", config.MAX_RANKS),
         ("params.cuh", "kMaxExperts", config.MAX_EXPERTS),
         ("scheduler.cuh", "kBoxRows", config.BOX_ROWS),
-        ("scheduler.cuh", "kBlockN", config.BLOCK_N),
+        ("scheduler.cuh", "kGroupBlocks", config.GROUP_BLOCKS),
         ("dispatch.cuh", "kChunk", config.TRANSIT_BYTES),
         ("storage.cuh", "kDispatchWarps", config.DISPATCH_WARPS),
-        ("storage.cuh", "kMathWarps", (config.THREADS - 128) // 32),
+        ("storage.cuh", "kTasks", config.TASKS),
+        ("gemm.cuh", "kMathWarps", (config.THREADS - 128) // 32),
+        ("gemm.cuh", "kBlockM", config.BLOCK_M),
+        ("gemm.cuh", "kBlockN", config.BLOCK_N),
         ("gemm.cuh", "kBlockK", config.BLOCK_K),
+        ("gemm.cuh", "kStages", config.STAGES),
+        ("gemm.cuh", "kTurnN", config.TURN_N),
     ],
 )
 def test_host_and_kernel_have_the_same_constants(file: str, name: str, value: int) -> None:
     assert re.findall(rf"\b{name} = (\d+)[,;]", (FOLDER / file).read_text()) == [str(value)]
+
+
+def test_recipes() -> None:
+    for silu in ("fast", "precise"):
+        for granularity in config.GRANULARITIES:
+            assert config.check_recipe(recipe := Recipe(None, silu, activation_granularity=granularity)) is recipe
+    with pytest.raises(RecipeError, match="field activation_granularity = 128 is not one that the kernel"):
+        config.check_recipe(Recipe(activation_granularity=128), (config.GROUP,))
+    for name in ("fp32_scales", "unfused", "pr323_small", "weight_in_combine"):
+        field = next(field for field in RECIPES[name].diff(Recipe()) if field != "activation_granularity")
+        with pytest.raises(RecipeError, match=f"recipe field {field} = "):
+            config.check_recipe(RECIPES[name])
 
 
 def test_params_fit_the_argument_space() -> None:
@@ -55,22 +68,26 @@ def test_params_fit_the_argument_space() -> None:
     capacity=st.integers(1, 200_000),
     hidden=st.integers(1, 56),
     intermediate=st.integers(1, 24),
+    ring=st.none() | st.integers(2 * GROUP_BLOCKS, 500),
 )
 def test_fields_do_not_overlap(
-    ranks: int, local: int, topk: int, capacity: int, hidden: int, intermediate: int
+    ranks: int, local: int, topk: int, capacity: int, hidden: int, intermediate: int, ring: int | None
 ) -> None:
-    problem = Problem(ranks, ranks * local, topk, 128 * hidden, 128 * intermediate, capacity)
+    problem = Problem(ranks, ranks * local, topk, 128 * hidden, 128 * intermediate, capacity, ring)
     offsets, total = problem.offsets()
-    rows = problem.pool_rows
-    assert rows % 256 == 0
-    assert rows >= ranks * capacity * topk + local * 255
+    rows, slots = problem.pool_rows, ranks * capacity * topk
+    most = local * min(slots, 1) + (slots - local) // 128 if slots >= local else slots
+    assert problem.pool_blocks >= most, "one row of each expert, then whole blocks"
     assert problem.pool_blocks == rows // 128
+    assert problem.ring_blocks == min(problem.pool_blocks, ring or RING_BLOCKS)
+    assert problem.ring_rows == 128 * problem.ring_blocks
     starts = [*offsets.values(), total]
     assert starts == sorted(starts)
     assert all(start % 1024 == 0 for start in starts)
     assert starts[1] - starts[0] >= capacity * problem.hidden
     assert total - offsets["pool_weight"] >= 4 * rows
-    assert offsets["l1_acts_sf"] - offsets["l1_acts"] >= rows * problem.hidden
+    assert offsets["l1_acts_sf"] - offsets["l1_acts"] >= problem.ring_rows * problem.hidden
+    assert offsets["l2_acts"] - offsets["workspace"] >= 4 * 3 * problem.pool_blocks
 
 
 @pytest.mark.parametrize(
@@ -87,6 +104,9 @@ def test_fields_do_not_overlap(
         ("topk", 33, "num_topk = 33 must be in"),
         ("capacity", 0, "num_max_tokens_per_rank = 0"),
         ("capacity", 1 << 29, "below 2\\^31"),
+        ("capacity", 90_000_000, "the ranks' slots must be below 2\\^32"),
+        ("ring", 2 * GROUP_BLOCKS - 1, "ring_blocks = 31 must be at least 32"),
+        ("ring", 0, "ring_blocks = 0 must be"),
     ],
     ids=str,
 )
@@ -94,3 +114,9 @@ def test_illegal_sizes_are_refused_by_name(name: str, value: int, rule: str) -> 
     Problem(**GOOD)
     with pytest.raises(ConfigError, match=rule):
         Problem(**{**GOOD, name: value})
+
+
+def test_a_ring_for_all_blocks_is_never_too_small() -> None:
+    few = Problem(**GOOD | {"experts": 8, "capacity": 1, "ring": 1})
+    assert (few.pool_blocks, few.ring_blocks) == (1, 1)
+    assert Problem(**GOOD | {"ring": 10**6}).ring_blocks == Problem(**GOOD).pool_blocks

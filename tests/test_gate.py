@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -22,7 +23,7 @@ from quant import atoms
 from quant.cast import BLOCK
 from reference import combine, dispatch, gemm, oracle, scatter, swiglu
 from reference.layer import LayerResult, moe_layer
-from tests import bundle, inputs
+from tests import bundle, inputs, memory
 from tests.cases import CASES, Case
 from tests.compare import same
 from tests.kernel_proof import Convicted, prove
@@ -69,13 +70,17 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def run(case: Case) -> Run:
+def run(case: Case) -> Iterator[Run]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     made = inputs.make(case, device)
     before = made.sha256()
     result = moe_layer(case.recipe, *made.arguments(), trace=True, experts=case.shape.experts)
     assert made.sha256() == before, "the layer wrote to its inputs"
-    return Run(case, made, before, result)
+    found = Run(case, made, before, result)
+    del made, result
+    yield found
+    vars(found).clear()  # pytest holds it until after this
+    memory.free(0)
 
 
 ON_CPU = tuple(case for case in CASES if case.tier == "cpu")

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 
 import pytest
@@ -13,10 +14,9 @@ import torch
 from torch import Tensor
 
 from kernel import api
-from kernel.adapters import Prepared, megaproof
+from kernel.adapters import Prepared
 from kernel.adapters.megaproof import POOL_STAGES, MegaproofAdapter
-from kernel.config import TILES, Problem, Tile, aligned
-from kernel.launch import Library
+from kernel.config import BLOCK_M, GROUP_BLOCKS, RING_BLOCKS, Problem, aligned
 from quant.recipe import SHAPES, Shape
 from reference.layer import LayerResult, moe_layer
 from tests import delayed, inputs
@@ -31,9 +31,15 @@ LOCAL = replace(SHAPES["dsv4_flash"], name="dsv4_flash_local", experts=32)
 """The load of one of eight ranks."""
 TOKENS = 129
 UNEVEN = (33, 0, 64, 1, 7, 128, 129, 65)
-"""For 8 ranks: many rows an expert, so that the tall tile is taken. TOKENS on one rank take the short one."""
-SHORT = (33, 0, 64, 1, 7, 65, 79, 2)
-"""For 8 ranks, and the short tile."""
+"""For 8 ranks: many rows an expert."""
+LEAST = 2 * GROUP_BLOCKS
+"""Blocks of the smallest ring."""
+RECYCLING = {
+    "smoke-r1": (SMOKE, (3000,)),
+    "crowded-r8": (replace(SMOKE, name="smoke_crowded", experts=8 * (LEAST + 8)), UNEVEN),
+    "flash-r1": (LOCAL, (1000,)),
+}
+"""Batches that fill more pool blocks of a rank than LEAST: of many rows an expert, of few, of real size."""
 NAN, GUARD = 0xFF, 0xA5
 GUARD_ROWS = 16
 MARGIN = 4 << 30
@@ -45,7 +51,12 @@ def adapter() -> Iterator[MegaproofAdapter]:
     adapter = MegaproofAdapter()
     yield adapter
     adapter.close()
-    torch.cuda.empty_cache()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_problem_outlives_the_file() -> Iterator[None]:
+    yield
+    problem.cache_clear()
 
 
 @functools.lru_cache(maxsize=4)
@@ -54,6 +65,11 @@ def problem(case: Case) -> tuple[Inputs, LayerResult]:
     made = inputs.make(case, CUDA)
     made = replace(made, weights=functools.cache(made.weights))
     return made, moe_layer(case.recipe, *made.arguments(), experts=case.shape.experts)
+
+
+def recycled(wanted: LayerResult, ring_blocks: int) -> bool:
+    """Whether some rank fills more pool blocks than its ring has."""
+    return any(sum(aligned(n, BLOCK_M) for n in counts.tolist()) > ring_blocks * BLOCK_M for counts in wanted.stats)
 
 
 def chosen(made: Inputs, rows: Sequence[Tensor | slice]) -> Inputs:
@@ -172,6 +188,26 @@ def test_launches_of_several_sizes_on_one_buffer(ranks: int, adapter: MegaproofA
         assert_same([rows[:tokens] for rows in wanted.y], y, f"y of {tokens} tokens")
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape, sizes", RECYCLING.values(), ids=RECYCLING)
+def test_the_memory_for_activations_changes_nothing(shape: Shape, sizes: tuple[int, ...]) -> None:
+    """A full ring, whose stages test_moe.py compares, and rings whose places are taken again and again."""
+    case = Case(shape, sizes, masked=30)
+    made, wanted = problem(case)
+    assert recycled(wanted, LEAST)
+    slots = None
+    for ring_blocks in (None, LEAST, LEAST + 1, 3 * GROUP_BLOCKS, RING_BLOCKS):
+        with closing(MegaproofAdapter(ring_blocks)) as adapter:
+            y, counts = run(adapter, case, made)
+            assert adapter.buffer is not None
+            assert ring_blocks in (None, adapter.buffer.problem.ring_blocks)
+            assert_same(wanted.y, y, f"y with {ring_blocks} blocks")
+            assert_same(wanted.stats, counts, "stats")
+            found = adapter.stages()["slots"]
+            slots = found if slots is None else slots
+            same(f"slots with {ring_blocks} blocks", slots, found)
+
+
 # --- memory around it -------------------------------------------------------------------------------------------------
 
 
@@ -214,9 +250,8 @@ def test_nothing_else_is_written(sizes: tuple[int, ...], adapter: MegaproofAdapt
     assert made.sha256() == digest
     assert_same(wanted.y, adapter.y(), "y")
     assert_same(wanted.stats, adapter.stats(), "stats")
-    tallest = max(tile.block_m for tile in TILES)
     for rank, (views, around, tokens) in enumerate(zip(ranks, guarded, sizes, strict=True)):
-        used = sum(aligned(rows, tallest) for rows in wanted.stats[rank].tolist())
+        used = sum(aligned(rows, BLOCK_M) for rows in wanted.stats[rank].tolist())
         unused = {"y's front guard": around[:GUARD_ROWS], "y's back guard": around[GUARD_ROWS + tokens :]}
         unused |= {"slots": views.slots[:, tokens:]} | {name: getattr(views, name)[used:] for name in POOL_STAGES}
         for name, tensor in unused.items():
@@ -227,21 +262,14 @@ def test_nothing_else_is_written(sizes: tuple[int, ...], adapter: MegaproofAdapt
 # --- time -------------------------------------------------------------------------------------------------------------
 
 
-LATE = [(delay, TILES[0]) for delay in DELAYS] + [(delay, TILES[1]) for delay in DELAYS[:3]]
-
-
-def late_id(value: Delay | Tile) -> str:
-    return value.id if isinstance(value, Delay) else f"{value.block_m}_rows"
-
-
 @pytest.mark.parametrize(
-    "delay, tile",
-    [late if i < 3 else pytest.param(*late, marks=pytest.mark.gpu) for i, late in enumerate(LATE)],
-    ids=late_id,
+    "delay",
+    [delay if i < 3 else pytest.param(delay, marks=pytest.mark.gpu) for i, delay in enumerate(DELAYS)],
+    ids=lambda delay: delay.id,
 )
-def test_a_build_with_a_late_role_passes_the_gate(delay: Delay, tile: Tile) -> None:
+def test_a_build_with_a_late_role_passes_the_gate(delay: Delay) -> None:
     """Three of them without a GPU, for the time that they take."""
-    assert set(delayed.compile_delayed(delay, tile).report.entries) == set(api.ENTRIES)
+    assert set(delayed.compile_delayed(delay).report.entries) == set(api.ENTRIES)
 
 
 @pytest.mark.parametrize("delay", [*DELAYS, delayed.STUCK], ids=lambda delay: delay.id)
@@ -251,53 +279,60 @@ def test_a_delay_is_one_more_statement_in_the_sources(delay: Delay) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("delay, tile", LATE, ids=late_id)
+@pytest.mark.parametrize(
+    "shape, sizes",
+    [(SMOKE, (TOKENS,)), RECYCLING["smoke-r1"], RECYCLING["crowded-r8"]],
+    ids=["short", "smoke-r1", "crowded-r8"],
+)
+@pytest.mark.parametrize("delay", DELAYS, ids=lambda delay: delay.id)
 def test_late_roles_change_nothing(
-    delay: Delay, tile: Tile, adapter: MegaproofAdapter, monkeypatch: pytest.MonkeyPatch
+    delay: Delay, shape: Shape, sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three launches in a row: what one leaves behind too late, the next one finds."""
-    used = set()
-
-    def late(chosen: Tile) -> Library:
-        used.add(chosen)
-        return delayed.library(delay, chosen)
-
-    monkeypatch.setattr(api, "_library", late)
-    for module in (api, megaproof):
-        monkeypatch.setattr(module, "choose_tile", lambda problem, tokens: tile)
-    for sizes in ((TOKENS,), SHORT) if tile == TILES[0] else (UNEVEN,):
-        case = Case(SMOKE, sizes, masked=30)
-        made, wanted = problem(case)
+    """In the smallest ring. Three launches in a row: what one leaves behind too late, the next one finds."""
+    used = []
+    monkeypatch.setattr(api, "_library", lambda _: used.append(delay) or delayed.library(delay))
+    case = Case(shape, sizes, masked=30)
+    made, wanted = problem(case)
+    assert recycled(wanted, LEAST) == (sizes != (TOKENS,))
+    with closing(MegaproofAdapter(LEAST)) as adapter:
         prepare(adapter, case, made)
         for launch in range(3):
             adapter.fill(NAN)
             adapter.launch()
             assert_same(wanted.y, adapter.y(), f"y of launch {launch}")
         assert_same([3 * counts for counts in wanted.stats], adapter.stats(), "stats")
-    assert used == {tile}
+    assert used == [delay] * 3
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "shape, sizes", [(SMOKE, (TOKENS,)), (SMOKE, UNEVEN), (LOCAL, (TOKENS,))], ids=["smoke-r1", "smoke-r8", "flash-r1"]
+    "shape, sizes, ring_blocks",
+    [
+        (SMOKE, (TOKENS,), None),
+        (SMOKE, UNEVEN, None),
+        (LOCAL, (TOKENS,), None),
+        *((*batch, LEAST) for batch in RECYCLING.values()),
+    ],
+    ids=["smoke-r1", "smoke-r8", "flash-r1", *(f"recycled-{name}" for name in RECYCLING)],
 )
-def test_a_thousand_repeats_are_equal(shape: Shape, sizes: tuple[int, ...], adapter: MegaproofAdapter) -> None:
+def test_a_thousand_repeats_are_equal(shape: Shape, sizes: tuple[int, ...], ring_blocks: int | None) -> None:
     """Launches follow one another without a pause; they are counted on the device."""
     case, repeats = Case(shape, sizes), 1000
     made, wanted = problem(case)
-    prepare(adapter, case, made)
     expected = torch.cat(wanted.y).view(torch.int16)
     different = torch.zeros((), dtype=torch.int64, device=CUDA)
-    for _ in range(repeats):
-        for y in adapter.outputs:
-            y.view(torch.uint8).fill_(NAN)
-        enqueue(adapter, case)
-        different += (torch.cat(adapter.outputs).view(torch.int16) != expected).any()
-    assert adapter.buffer is not None
-    adapter.buffer.check()
-    print(f"{shape.name}, {case.ranks} ranks: {int(different)} of {repeats} differ")
-    assert int(different) == 0
-    assert_same([repeats * counts for counts in wanted.stats], adapter.stats(), "stats")
+    with closing(MegaproofAdapter(ring_blocks)) as adapter:
+        prepare(adapter, case, made)
+        for _ in range(repeats):
+            for y in adapter.outputs:
+                y.view(torch.uint8).fill_(NAN)
+            enqueue(adapter, case)
+            different += (torch.cat(adapter.outputs).view(torch.int16) != expected).any()
+        assert adapter.buffer is not None
+        adapter.buffer.check()
+        print(f"{shape.name}, {case.ranks} ranks: {int(different)} of {repeats} differ")
+        assert int(different) == 0
+        assert_same([repeats * counts for counts in wanted.stats], adapter.stats(), "stats")
 
 
 @pytest.mark.gpu

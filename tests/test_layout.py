@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kernel import api
-from kernel.config import Problem
+from kernel.config import GROUP_BLOCKS, Problem
 from reference import layout
 from tests.meta.runs import ROOT
 
@@ -73,11 +73,22 @@ def test_slots_and_lists_have_places_of_their_own(capacity: int, topk: int, rank
             assert layout.recv_count(source, e, local) == counts[source, e]
 
 
+@given(st.integers(2 * GROUP_BLOCKS, 200), st.integers(0, 1000), st.integers(0, layout.BLOCK_M - 1))
+def test_as_many_blocks_as_the_ring_has_share_no_row(ring: int, block: int, row: int) -> None:
+    at = [layout.ring_row(b, row, ring) for b in range(block, block + ring + 1)]
+    assert len(set(at)) == ring
+    assert at[0] == at[-1]
+    assert {place % layout.BLOCK_M for place in at} == {row}
+    assert max(at) < ring * layout.BLOCK_M
+    assert block >= ring or at[0] == block * layout.BLOCK_M + row, "a full ring is the pool"
+
+
 def test_indices_take_tensors() -> None:
     token, slot = torch.tensor([0, 3, 6]), torch.tensor([1, 0, 2])
     entry = layout.entry_of(token, slot, 3)
     assert entry.tolist() == [1, 9, 20]
     assert layout.slot_row(entry, 3, 7).tolist() == [7, 3, 20]
+    assert layout.ring_row(torch.tensor([0, 33, 64]), torch.tensor([1, 0, 127]), 32).tolist() == [1, 128, 127]
 
 
 # --- the symmetric buffer ---------------------------------------------------------------------------------------------
@@ -86,7 +97,8 @@ PROBLEM = Problem(ranks=4, experts=12, topk=3, hidden=512, intermediate=256, cap
 
 
 def fields(problem: Problem) -> dict[str, layout.Field]:
-    return layout.fields(**vars(problem), pool_rows=problem.pool_rows)
+    sizes = {name: size for name, size in vars(problem).items() if name != "ring"}
+    return layout.fields(**sizes, pool_blocks=problem.pool_blocks, ring_blocks=problem.ring_blocks)
 
 
 def test_fields_are_those_of_the_kernel_in_order() -> None:
@@ -104,11 +116,12 @@ def test_fields_are_those_of_the_kernel_in_order() -> None:
     capacity=st.integers(1, 10_000),
     hidden=st.integers(1, 56),
     intermediate=st.integers(1, 24),
+    ring=st.none() | st.integers(2 * GROUP_BLOCKS, 500),
 )
 def test_fields_have_exactly_their_room(
-    ranks: int, local: int, topk: int, capacity: int, hidden: int, intermediate: int
+    ranks: int, local: int, topk: int, capacity: int, hidden: int, intermediate: int, ring: int | None
 ) -> None:
-    problem = Problem(ranks, ranks * local, topk, 128 * hidden, 128 * intermediate, capacity)
+    problem = Problem(ranks, ranks * local, topk, 128 * hidden, 128 * intermediate, capacity, ring)
     offsets, total = problem.offsets()
     ends = [*list(offsets.values())[1:], total]
     for (name, (dtype, shape)), start, end in zip(fields(problem).items(), offsets.values(), ends, strict=True):
@@ -119,6 +132,7 @@ def test_fields_have_exactly_their_room(
 
 def test_views_have_the_dtypes_and_shapes() -> None:
     views = api.RankViews(PROBLEM, torch.zeros(PROBLEM.offsets()[1], dtype=torch.uint8))
+    assert PROBLEM.ring_rows < PROBLEM.pool_rows
     for name, (dtype, shape) in fields(PROBLEM).items():
         if (view := getattr(views, name, None)) is not None:
             view = view.t() if name in ("l1_acts_sf", "l2_acts_sf") else view  # shown by row, stored by column

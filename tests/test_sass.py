@@ -98,6 +98,15 @@ def test_faults(changes: dict, gemm: bool, roles: bool, shared: int, message: st
         raise build.BuildError(fault)
 
 
+def test_roles_may_set_registers_back_to_those_of_the_launch() -> None:
+    back = sass.Figures(qgmma=8, local=0, lowered=(40, 168), raised=(168, 232))
+    assert not sass.faults("k", ENTRY, back, True, True, 0)
+    assert back.registers_by_role() == CLEAN.registers_by_role()
+    for other in (sass.Figures(8, 0, (40, 160), (160, 232)), sass.Figures(8, 0, (168,), (168,))):
+        (fault,) = sass.faults("k", ENTRY, other, True, True, 0)
+        assert "two values expected" in fault
+
+
 def test_parse() -> None:
     text = """
 	.section	.text.k,"ax",@progbits

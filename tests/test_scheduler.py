@@ -1,29 +1,38 @@
-"""Every tile exactly once, and no schedule of blocks in which all of them wait."""
+"""Every tile exactly once, the kernel's closed form of the order, and no progress in which all blocks wait for ever."""
 
 from __future__ import annotations
 
+import ctypes
+import random
+import re
+import shutil
+import subprocess
 from collections import Counter
+from itertools import accumulate, groupby
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kernel import config
+from kernel.build import FOLDER
+from kernel.params import KernelShape
 from reference import layout, scheduler
-from reference.scheduler import BLOCK_M, BLOCK_N, Plan, Task
+from reference.scheduler import BLOCK_M, BLOCK_N, GROUP_BLOCKS, Plan, Task
 from tests.test_layout import COUNTS
 
-COLUMNS = st.integers(1, 3).map(lambda n: n * 128)
+COLUMNS = st.integers(1, 5).map(lambda n: n * 128)
 BLOCKS = st.integers(1, 9)
-
-
-def tasks(plan: Plan, hidden: int, intermediate: int, blocks: int) -> list[list[Task]]:
-    """By block, in the order in which it takes them."""
-    taken: list[list[Task]] = [[] for _ in range(blocks)]
-    for block, own in enumerate(taken):
-        while (task := scheduler.next_task(plan, hidden, intermediate, block, blocks, len(own))) is not None:
-            own.append(task)
-    return taken
+MANY = st.lists(
+    st.lists(st.sampled_from([0, 0, 1, 127, 128, 129, 300, 1500, 2048, 3000]), min_size=4, max_size=4),
+    min_size=1,
+    max_size=2,
+)
+"""[R][E_loc], up to twelve groups of pool blocks, with experts across the edges of groups."""
+LEAST = 2 * GROUP_BLOCKS
+"""Blocks of the smallest ring."""
 
 
 def test_a_plan_by_hand() -> None:
@@ -31,8 +40,14 @@ def test_a_plan_by_hand() -> None:
     assert plan == Plan((0, 0, 2, 2, 3), (0, 256, 0, 3), ((0, 0), (0, 130), (0, 0), (0, 1)))
     assert [scheduler.expert_of(plan, block) for block in range(3)] == [1, 1, 3]
     assert [scheduler.rows_in_block(plan, e, block) for block, e in enumerate([1, 1, 3])] == [128, 128, 3]
-    assert tasks(plan, 128, 128, 4)[1] == [Task(False, 0, 1, 1, 128), Task(False, 2, 1, 3, 3)]
-    assert tasks(plan, 128, 128, 4)[2] == [Task(False, 1, 0, 1, 128), Task(True, 0, 0, 1, 128)]
+    assert (scheduler.l1_columns(256), scheduler.l2_columns(384)) == (2, 2)
+    assert [scheduler.task_of(plan, 128, 256, tile) for tile in (1, 2, 5, 6, 9)] == [
+        Task(False, 1, 0, 1, 128),
+        Task(False, 0, 1, 1, 128),
+        Task(False, 2, 1, 3, 3),
+        Task(True, 0, 0, 1, 128),
+        None,
+    ]
 
 
 @given(COUNTS)
@@ -54,11 +69,11 @@ def test_pool_blocks_hold_the_rows_of_the_layout(counts: list[list[int]]) -> Non
     assert torch.equal(begin.t(), layout.first_rows(sent))
 
 
-@given(COUNTS, COLUMNS, COLUMNS, BLOCKS)
-def test_every_tile_is_taken_once(counts: list[list[int]], hidden: int, intermediate: int, blocks: int) -> None:
+@given(COUNTS | MANY, COLUMNS, COLUMNS)
+def test_every_tile_is_a_task_once(counts: list[list[int]], hidden: int, intermediate: int) -> None:
     plan = scheduler.make_plan(counts)
-    taken = [task for own in tasks(plan, hidden, intermediate, blocks) for task in own]
-    columns = {False: 2 * intermediate // BLOCK_N, True: hidden // BLOCK_N}
+    taken = scheduler.all_tasks(plan, hidden, intermediate)
+    columns = {False: -(-2 * intermediate // BLOCK_N), True: -(-hidden // BLOCK_N)}
     pool_blocks = range(plan.first_block[-1])
     wanted = [(l2, block, column) for l2 in columns for block in pool_blocks for column in range(columns[l2])]
     assert sorted((task.l2, task.block, task.column) for task in taken) == wanted
@@ -67,67 +82,328 @@ def test_every_tile_is_taken_once(counts: list[list[int]], hidden: int, intermed
         assert task.rows == scheduler.rows_in_block(plan, task.expert, task.block)
 
 
-@given(COUNTS, COLUMNS, COLUMNS, BLOCKS)
-def test_what_a_task_waits_for_is_taken_no_later(
-    counts: list[list[int]], hidden: int, intermediate: int, blocks: int
+@given(COUNTS | MANY, COLUMNS, COLUMNS)
+def test_gemm_2_of_a_group_follows_gemm_1_of_the_next(counts: list[list[int]], hidden: int, intermediate: int) -> None:
+    order = scheduler.all_tasks(scheduler.make_plan(counts), hidden, intermediate)
+    phases = [phase for phase, _ in groupby((task.l2, task.block // GROUP_BLOCKS) for task in order)]
+    groups = len(phases) // 2
+    wanted = sorted(((l2, j) for l2 in (False, True) for j in range(groups)), key=lambda p: (p[1] + 1.5 * p[0], p[0]))
+    assert phases == wanted
+
+
+@given(COUNTS | MANY, COLUMNS, COLUMNS)
+def test_an_experts_weights_are_read_once_a_group(counts: list[list[int]], hidden: int, intermediate: int) -> None:
+    """Tiles of one group that take the same weights stand together."""
+    order = scheduler.all_tasks(scheduler.make_plan(counts), hidden, intermediate)
+    read = [key for key, _ in groupby((t.l2, t.block // GROUP_BLOCKS, t.expert, t.column) for t in order)]
+    assert len(read) == len(set(read))
+
+
+@given(MANY, COLUMNS, COLUMNS, st.integers(LEAST, 5 * GROUP_BLOCKS))
+def test_what_a_task_waits_for_stands_before_it(
+    counts: list[list[int]], hidden: int, intermediate: int, ring: int
 ) -> None:
-    last: dict[int, int] = {}  # pool block -> the turn at which its last tile of GEMM 1 is taken
-    by_block = tasks(scheduler.make_plan(counts), hidden, intermediate, blocks)
-    turns = [(turn, task) for own in by_block for turn, task in enumerate(own)]
-    for turn, task in turns:
-        if not task.l2:
-            last[task.block] = max(turn, last.get(task.block, 0))
-    assert all(last[task.block] <= turn for turn, task in turns if task.l2)
+    order = scheduler.all_tasks(scheduler.make_plan(counts), hidden, intermediate)
+    first, last = ({l2: {} for l2 in (False, True)} for _ in range(2))
+    for place, task in enumerate(order):
+        first[task.l2].setdefault(task.block, place)
+        last[task.l2][task.block] = place
+    for block in first[False]:
+        assert last[False][block] < first[True][block], "GEMM 2 reads what GEMM 1 has written"
+        if block >= ring:
+            assert last[True][block - ring] < first[False][block], "GEMM 1 writes where GEMM 2 has read"
 
 
-# --- no deadlock ------------------------------------------------------------------------------------------------------
+# --- the kernel's closed form -----------------------------------------------------------------------------------------
+
+HOST = """
+#include <algorithm>
+#include <cstdint>
+#define __device__
+#define __forceinline__ inline
+using u32 = std::uint32_t;
+using u64 = std::uint64_t;
+using std::max, std::min;
+constexpr u32 kMaxRanks = 8, kMaxExperts = 512;
+%(shape)s
+namespace gemm {
+%(constants)s
+%(share)s
+}
+namespace layout {
+struct Params { Shape shape; };
+struct Rank { Params p; };
+}
+%(scheduler)s
+extern "C" u32 tasks(const Shape* shape, const u32* rows, u32* out) {
+    const layout::Rank r{{*shape}};
+    scheduler::Plan plan{};
+    for (u32 e = 0; e < shape->experts_local; ++e) {
+        plan.rows[e] = rows[e];
+        plan.first_block[e + 1] = plan.first_block[e] + scheduler::blocks_of(rows[e]);
+    }
+    scheduler::Task task{};
+    u32 tile = 0;
+    for (; scheduler::task_of(r, plan, tile, task), task.rows; ++tile)
+        for (u32 field : {u32(task.l2), task.block, task.column, task.expert, task.rows}) *out++ = field;
+    for (u32 more = 1; more < 1000; ++more)
+        if (scheduler::task_of(r, plan, tile + more, task), task.rows) return ~0u;
+    return tile;
+}
+extern "C" void share(u32 warpgroup, u32 rows, u32 columns, u32* out) {
+    const gemm::Share found = gemm::share_of(warpgroup, rows, columns);
+    out[0] = found.first_row, out[1] = found.first_column, out[2] = found.turns;
+}
+"""
 
 
-def stuck(by_block: list[list[Task]], l1_columns: int, ahead: int, order: list[tuple[int, int]]) -> list[Task]:
-    """Tasks that wait for ever when roles progress in `order`, (role, steps) each, and then whoever can.
+def cut(file: str, pattern: str) -> str:
+    """The one piece of a source that matches."""
+    (piece,) = re.findall(pattern, (FOLDER / file).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    return piece
 
-    Each block has two roles. Its producer loads its tasks in turn, each as soon as its operands are there, at most
-    `ahead` tasks before its math, which finishes what is loaded, in turn.
+
+def host_source() -> str:
+    """The kernel's own text of scheduler and shares, without the functions by which threads work together."""
+    text = cut("scheduler.cuh", r"^namespace scheduler \{.*^\}  // namespace scheduler$")
+    for name in ("make_plan", "next_tile"):
+        function = rf"^__device__ __forceinline__ \w+ {name}\(.*?^\}}$"
+        text, found = re.subn(function, "", text, flags=re.DOTALL | re.MULTILINE)
+        assert found == 1, name
+    return HOST % {
+        "shape": cut("params.cuh", r"^struct Shape \{.*?^\};$"),
+        "constants": cut("gemm.cuh", r"^constexpr u32 kBlockM = .*?^$"),
+        "share": cut("gemm.cuh", r"^struct Share \{.*?^\};$")
+        + cut("gemm.cuh", r"^__device__ __forceinline__ Share share_of\(.*?^\}$"),
+        "scheduler": text,
+    }
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The kernel's task_of and share_of, by the host's compiler."""
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("no g++ or clang++ on PATH: the kernel's closed form is not compiled for the host")
+    folder: Path = tmp_path_factory.mktemp("scheduler")
+    source, library = folder / "scheduler.cpp", folder / "scheduler.so"
+    source.write_text(host_source(), encoding="utf-8")
+    command = [compiler, "-std=c++20", "-O1", "-shared", "-fPIC", "-o", library, source]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return ctypes.CDLL(str(library))
+
+
+def by_the_kernel(compiled: ctypes.CDLL, plan: Plan, hidden: int, intermediate: int) -> tuple[Task, ...]:
+    """What `all_tasks` says, by the kernel's own text."""
+    shape = KernelShape(experts_local=len(plan.rows), hidden=hidden, intermediate=intermediate)
+    rows = (ctypes.c_uint32 * len(plan.rows))(*plan.rows)
+    out = (ctypes.c_uint32 * (5 * plan.first_block[-1] * (hidden + intermediate) // 128))()
+    count = compiled.tasks(ctypes.byref(shape), rows, out)
+    assert count >= 0, "a task after the last"
+    fields = iter(out[: 5 * count])
+    return tuple(Task(bool(l2), *rest) for l2, *rest in zip(*[fields] * 5, strict=True))
+
+
+@given(counts=COUNTS | MANY, hidden=COLUMNS, intermediate=COLUMNS)
+def test_the_kernels_order_is_the_references(
+    compiled: ctypes.CDLL, counts: list[list[int]], hidden: int, intermediate: int
+) -> None:
+    plan = scheduler.make_plan(counts)
+    wanted = scheduler.all_tasks(plan, hidden, intermediate)
+    assert by_the_kernel(compiled, plan, hidden, intermediate) == wanted
+
+
+def test_the_kernels_order_of_many_experts(compiled: ctypes.CDLL) -> None:
+    """Thousands of plans, of up to the most experts: groups begin and end anywhere inside them."""
+    draw = random.Random(1)
+    for _ in range(2000):
+        largest = draw.choice([1, 128, 300, 5000])
+        experts = draw.choice([1, 2, 7, 33]) if draw.random() < 0.98 else config.MAX_EXPERTS
+        plan = scheduler.make_plan([[draw.randrange(largest + 1) for _ in range(experts)]])
+        sizes = 128 * draw.randint(1, 3), 128 * draw.randint(1, 2)
+        assert by_the_kernel(compiled, plan, *sizes) == scheduler.all_tasks(plan, *sizes)
+
+
+@pytest.mark.parametrize("columns", [128, 256])
+def test_the_math_warpgroups_share_out_a_tile(compiled: ctypes.CDLL, columns: int) -> None:
+    """Each 64 rows that are not all padding are multiplied once by each 128 columns."""
+    for rows in range(1, BLOCK_M + 1):
+        done: Counter[tuple[int, int]] = Counter()
+        for warpgroup in range(2):
+            out = (ctypes.c_uint32 * 3)()
+            compiled.share(warpgroup, rows, columns, out)
+            first_row, first_column, turns = out
+            done.update((first_row, first_column + turn * config.TURN_N) for turn in range(turns))
+        assert done == Counter((r, c) for r in range(0, rows, 64) for c in range(0, columns, config.TURN_N))
+
+
+# --- no deadlock, and no block overwritten too early ------------------------------------------------------------------
+
+
+class Race(AssertionError):
+    """A tile found another block's activations where its own should be."""
+
+
+class Machine:
+    """The roles of a rank: dispatch warps, and of each block a producer and its math.
+
+    Dispatch warps pull the rows of each pool block in turn, row n by warp n mod `pullers`. A producer that begins a
+    tile takes its next one at the same time; it loads a tile as soon as its operands are there, at most `ahead` tiles
+    before its math, which finishes what is loaded, in turn.
     """
-    loaded, done = [0] * len(by_block), [0] * len(by_block)
-    l1_tiles: Counter[int] = Counter()
 
-    def step(role: int) -> bool:
-        block, is_math = divmod(role, 2)
-        own = by_block[block]
-        if is_math:
-            if moves := done[block] < loaded[block]:
-                task = own[done[block]]
-                l1_tiles[task.block] += not task.l2
-                done[block] += 1
-        elif moves := loaded[block] < min(len(own), done[block] + ahead):
-            task = own[loaded[block]]
-            moves = not task.l2 or l1_tiles[task.block] == l1_columns
-            loaded[block] += moves
-        return moves
+    def __init__(
+        self,
+        counts: list[list[int]],
+        hidden: int,
+        intermediate: int,
+        blocks: int,
+        ring: int,
+        ahead: int = 1,
+        pullers: int = 3,
+    ) -> None:
+        plan = scheduler.make_plan(counts)
+        self.tasks = scheduler.all_tasks(plan, hidden, intermediate)
+        self.columns = {False: scheduler.l1_columns(intermediate), True: scheduler.l2_columns(hidden)}
+        """Of GEMM 1, of GEMM 2."""
+        self.blocks, self.ring, self.ahead, self.pullers = blocks, ring, ahead, pullers
+        self.forget: bool | None = None
+        """The GEMM whose reading of the ring nobody waits for; None: none."""
+        self.roles = pullers + 2 * blocks
+        self.taken = 0
+        """Tiles given out by the counter."""
+        self.tile = list(range(blocks))
+        self.begun: list[Task | None] = [None] * blocks
+        self.loaded: list[list[Task]] = [[] for _ in range(blocks)]
+        self.done: set[Task] = set()
+        self.pulled = [0] * pullers
+        self.rows: Counter[int] = Counter()
+        self.tiles = {l2: Counter[int]() for l2 in (False, True)}
+        self.standing: dict[bool, dict[int, int]] = {l2: {} for l2 in (False, True)}
+        """By GEMM: place in the ring -> the pool block whose inputs stand there."""
+        sizes = [
+            scheduler.rows_in_block(plan, scheduler.expert_of(plan, block), block)
+            for block in range(plan.first_block[-1])
+        ]
+        self.first_row = list(accumulate(sizes, initial=0))
 
-    roles = 2 * len(by_block)
-    for role, steps in order:
-        for _ in range(steps):
-            step(role % roles)
-    while any(step(role) for role in range(roles)):
-        pass
-    return [own[i] for own, i in zip(by_block, done, strict=True) if i < len(own)]
+    def step(self, role: int) -> bool:
+        """Whether this role could do something."""
+        if role < self.pullers:
+            return self.pull(role)
+        block, is_math = divmod(role - self.pullers, 2)
+        return self.finish(block) if is_math else self.load(block)
+
+    def free(self, l2: bool, block: int) -> bool:
+        """Whether this GEMM is done with the pool block that stood in a block's place before."""
+        return block < self.ring or self.forget is l2 or self.tiles[l2][block - self.ring] == self.columns[l2]
+
+    def pull(self, warp: int) -> bool:
+        block = self.pulled[warp]
+        if block + 1 == len(self.first_row):
+            return False
+        first, end = self.first_row[block : block + 2]
+        if own := len(range(first + (warp - first) % self.pullers, end, self.pullers)):
+            if not self.free(False, block):
+                return False
+            self.standing[False][block % self.ring] = block
+            self.rows[block] += own
+        self.pulled[warp] += 1
+        return True
+
+    def load(self, block: int) -> bool:
+        task = self.begun[block]
+        if task is None:
+            if self.tile[block] >= len(self.tasks):
+                return False
+            self.begun[block] = self.tasks[self.tile[block]]
+            self.tile[block] = scheduler.next_tile(self.taken, self.blocks)
+            self.taken += 1
+            return True
+        if len(self.loaded[block]) == self.ahead:
+            return False
+        if task.l2:
+            ready = self.tiles[False][task.block] == self.columns[False]
+        else:
+            ready = self.rows[task.block] == task.rows and self.free(True, task.block)
+        if ready:
+            self.loaded[block].append(task)
+            self.begun[block] = None
+        return ready
+
+    def finish(self, block: int) -> bool:
+        if not self.loaded[block]:
+            return False
+        task = self.loaded[block].pop(0)
+        if self.standing[task.l2][task.block % self.ring] != task.block:
+            raise Race(task)
+        if not task.l2:
+            self.standing[True][task.block % self.ring] = task.block
+        self.tiles[task.l2][task.block] += 1
+        assert task not in self.done
+        self.done.add(task)
+        return True
+
+    def stuck(self, order: list[tuple[int, int]]) -> list[Task]:
+        """Tasks that wait for ever when roles progress in `order`, (role, steps) each, and then whoever can."""
+        for role, steps in order:
+            for _ in range(steps):
+                self.step(role % self.roles)
+        while sum([self.step(role) for role in range(self.roles)]):
+            pass
+        return [task for task in self.tasks if task not in self.done]
 
 
-ORDER = st.lists(st.tuples(st.integers(0, 17), st.integers(1, 12)), max_size=30)
+ORDER = st.lists(st.tuples(st.integers(0, 40), st.integers(1, 60)), max_size=30)
+RINGS = st.sampled_from([LEAST, LEAST + 1, 3 * GROUP_BLOCKS, 4 * GROUP_BLOCKS, 1000])
 
 
-@given(COUNTS, COLUMNS, COLUMNS, BLOCKS, st.integers(1, 4), ORDER)
-def test_no_progress_of_blocks_ends_in_a_deadlock(
-    counts: list[list[int]], hidden: int, intermediate: int, blocks: int, ahead: int, order: list[tuple[int, int]]
+@given(MANY, COLUMNS, COLUMNS, BLOCKS, RINGS, st.integers(1, 4), st.integers(1, 20), ORDER)
+def test_no_progress_of_roles_ends_in_a_deadlock_or_a_race(
+    counts: list[list[int]],
+    hidden: int,
+    intermediate: int,
+    blocks: int,
+    ring: int,
+    ahead: int,
+    pullers: int,
+    order: list[tuple[int, int]],
 ) -> None:
-    by_block = tasks(scheduler.make_plan(counts), hidden, intermediate, blocks)
-    assert stuck(by_block, 2 * intermediate // BLOCK_N, ahead, order) == []
+    assert Machine(counts, hidden, intermediate, blocks, ring, ahead, pullers).stuck(order) == []
 
 
-@pytest.mark.parametrize("blocks", [1, 2, 5])
+@pytest.mark.parametrize("blocks", [1, 2, 4])
 def test_a_deadlock_is_seen(blocks: int) -> None:
     """The same tasks from last to first: tiles of GEMM 2 stand before those that they wait for."""
-    by_block = [own[::-1] for own in tasks(scheduler.make_plan([[300, 128]]), 256, 128, blocks)]
-    assert len(stuck(by_block, 2, 1, [])) == blocks
+    backwards = Machine([[300, 128]], 256, 256, blocks, LEAST)
+    backwards.tasks = backwards.tasks[::-1]
+    assert len(backwards.stuck([])) == len(backwards.tasks) == 12
+
+
+@pytest.mark.parametrize(("blocks", "ring"), [(1, LEAST - 1), (1, GROUP_BLOCKS), (2, GROUP_BLOCKS), (9, GROUP_BLOCKS)])
+def test_a_ring_of_less_than_two_groups_would_be_a_deadlock(blocks: int, ring: int) -> None:
+    full = [[128 * 3 * GROUP_BLOCKS]]
+    assert Machine(full, 256, 256, blocks, LEAST).stuck([]) == []
+    assert Machine(full, 256, 256, blocks, ring).stuck([]) != []
+
+
+@pytest.mark.parametrize("l2", [False, True], ids=["gemm_1", "gemm_2"])
+@pytest.mark.parametrize("forget", [False, True], ids=["waits", "forgets"])
+def test_a_wait_for_the_ring_that_is_left_out_is_seen(l2: bool, forget: bool) -> None:
+    """One block pauses as it has begun its first tile of a GEMM; the others go as far as they can."""
+    rank = Machine([[128 * 4 * GROUP_BLOCKS]], 256, 256, 4, LEAST)
+    rank.forget = l2 if forget else None
+    slow = None
+    while slow is None:
+        for role in range(rank.roles):
+            rank.step(role)
+        slow = next((block for block, task in enumerate(rank.begun) if task and task.l2 == l2), None)
+    others = [role for role in range(rank.roles) if (role - rank.pullers) // 2 != slow]
+    while sum([rank.step(role) for role in others]):
+        pass
+    if forget:
+        with pytest.raises(Race):
+            rank.stuck([])
+    else:
+        assert rank.stuck([]) == []

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kernel import api
 from kernel.adapters import Prepared
-from kernel.config import check_recipe, choose_tile
+from kernel.config import BLOCK_M, Problem, check_recipe
 from quant.recipe import Recipe, RecipeError
 from reference.dispatch import routes
 from reference.layout import pool_rows
@@ -23,13 +23,15 @@ class MegaproofAdapter:
     name = "megaproof"
     worlds = ("virtual",)
 
-    def __init__(self) -> None:
+    def __init__(self, ring_blocks: int | None = None) -> None:
+        """ring_blocks: memory for activations; None: for all of them, so that they can be shown."""
+        self.ring_blocks = ring_blocks
         self.prepared: Prepared | None = None
         self.buffer: api.SymmBuffer | None = None
         self._weights_of: object = None
 
     def claims(self, recipe: Recipe) -> str | None:
-        """The default recipe with any clamp and both forms of silu."""
+        """The default recipe with any clamp, both forms of silu and both granularities."""
         try:
             check_recipe(recipe)
         except RecipeError as error:
@@ -44,9 +46,10 @@ class MegaproofAdapter:
         local = shape.experts_per_rank(case.ranks)
         sizes = (case.ranks, shape.experts, shape.topk, shape.hidden, shape.intermediate)
         if self.buffer is None or self._sizes != sizes or self.buffer.problem.capacity < capacity:
-            group = api.VirtualGroup(case.ranks)
+            group, sizes_of_api = api.VirtualGroup(case.ranks), (shape.topk, shape.hidden, shape.intermediate)
+            all_blocks = Problem(case.ranks, shape.experts, *sizes_of_api, capacity).pool_blocks
             self.buffer = api.get_symm_buffer_for_mega_moe(
-                group, shape.experts, capacity, shape.topk, shape.hidden, shape.intermediate
+                group, shape.experts, capacity, *sizes_of_api, ring_blocks=self.ring_blocks or all_blocks
             )
             self._sizes, self._weights_of = sizes, None
         if self._weights_of is not made.weights:
@@ -81,24 +84,32 @@ class MegaproofAdapter:
         self._buffer.check()
 
     def stages(self) -> dict[str, Tensor]:
-        """Read back from pools and slots; raises AssertionError where a routed row is missing or in another place."""
+        """Read back from pools and slots; raises AssertionError where a routed row is missing or in another place.
+
+        Where blocks share a place in the ring, only the last one's activations are left: slots alone are shown then.
+        """
         case, where = self._prepared.case, routes(self._prepared.inputs.topk_idx)
         local, device = case.shape.experts_per_rank(case.ranks), where.rank.device
-        block_m = choose_tile(self._buffer.problem, max(case.tokens)).block_m
+        ring_rows, whole = self._buffer.problem.ring_rows, True
+        scales = case.shape.intermediate // case.recipe.activation_granularity
         found: dict[str, list[Tensor]] = {name: [] for name in (*POOL_STAGES, "place")}
         for rank in range(case.ranks):
             views = self._buffer.rank(rank)
             received = where.expert[where.expert // local == rank] - rank * local
-            rows, expert = pool_rows(torch.bincount(received, minlength=local), block_m)
-            found["place"].append(torch.cat([views.pool_source[rows].long(), expert[:, None] + rank * local], dim=1))
-            for name in POOL_STAGES:
+            rows, expert = pool_rows(torch.bincount(received, minlength=local), BLOCK_M)
+            source, slot_row = views.pool_source[rows].long().unbind(1)
+            capacity, topk = self._buffer.problem.capacity, case.shape.topk
+            entry = slot_row % capacity * topk + slot_row // capacity
+            found["place"].append(torch.stack([source, entry, expert + rank * local], dim=1))
+            whole &= not len(rows) or int(rows[-1]) < ring_rows
+            for name in POOL_STAGES if whole else ():
                 dtype = torch.float32 if name.endswith("_sf") else torch.uint8
-                found[name].append(getattr(views, name).view(dtype)[rows])
+                found[name].append(getattr(views, name).view(dtype)[rows, : scales if name == "l2_acts_sf" else None])
         place = torch.cat(found.pop("place"))
         order = torch.argsort((place[:, 0] << 40) + place[:, 1])
         wanted = torch.stack([where.rank, where.token * case.shape.topk + where.slot, where.expert], dim=1)
         assert torch.equal(place[order], wanted), "a routed row is missing, doubled, or with another expert"
-        stages = {name: torch.cat(parts)[order] for name, parts in found.items()}
+        stages = {name: torch.cat(parts)[order] for name, parts in found.items()} if whole else {}
         slots = [self._buffer.rank(r).slots[k, t] for r, t, k in where.triples().tolist()]
         empty = torch.empty(0, case.shape.hidden, dtype=torch.bfloat16, device=device)
         stages["slots"] = torch.stack(slots) if slots else empty

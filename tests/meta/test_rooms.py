@@ -15,8 +15,11 @@ from tests.meta.test_house import tags
 
 ROOMS = ("layout", "scheduler", "dispatch", "gemm", "swiglu", "scatter", "combine", "barrier", "stats")
 SHARED = {
-    "layout": {"slot_row", "recv_count", "recv_list"},
-    "scheduler": {"Plan", "make_plan", "expert_of", "rows_in_block", "Task", "next_task"},
+    "layout": {"ring_row", "slot_row", "recv_count", "recv_list"},
+    "scheduler": {
+        *("Plan", "blocks_of", "make_plan", "expert_of", "rows_in_block"),
+        *("Task", "l1_columns", "l2_columns", "task_of", "next_tile"),
+    },
     "dispatch": {"pull"},
     "swiglu": {"activate"},
     "scatter": {"to_slot"},
@@ -62,8 +65,9 @@ def test_shared_names_are_defined_in_both_wings(room: str) -> None:
     assert SHARED[room] - defined_in_cuda(kernel.read_text(encoding="utf-8")) == set()
 
 
-def test_both_wings_have_the_same_tile() -> None:
-    assert (config.TILES[0].block_m, config.BLOCK_N) == (layout.BLOCK_M, scheduler.BLOCK_N)
+def test_both_wings_have_the_same_tile_and_groups() -> None:
+    kernel = config.BLOCK_M, config.BLOCK_N, config.GROUP_BLOCKS
+    assert kernel == (layout.BLOCK_M, scheduler.BLOCK_N, scheduler.GROUP_BLOCKS)
 
 
 def test_a_call_is_no_definition() -> None:

@@ -222,6 +222,81 @@ def test_what_a_kernel_does_not_claim_is_no_missing_gpu(tmp_path: Path) -> None:
     assert _count(run.stdout, "not claimed by tiny: recipe field silu") == 1
 
 
+def test_out_of_gpu_memory_is_no_wrong_kernel(tmp_path: Path) -> None:
+    """In a test, in a fixture, and as the cause of another error; each fails with the note, and others without."""
+    source = """
+        import pytest
+        import torch
+
+        def test_call():
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 17.00 GiB")
+
+        @pytest.fixture
+        def large():
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        def test_setup(large): pass
+
+        def test_cause():
+            try:
+                test_call()
+            except RuntimeError as error:
+                raise AssertionError("no result") from error
+
+        def test_other():
+            raise RuntimeError("wrong kernel")
+    """
+    run = pytest_run(tmp_path, source)
+    assert run.returncode == 1, run.stdout
+    assert "3 failed, 1 error" in run.stdout
+    note = "out of GPU memory, which says nothing about the kernel: fewer workers (-n), or a GPU that is free"
+    assert sum(line.endswith(note) and line.startswith("E ") for line in run.stdout.splitlines()) == 3, run.stdout
+
+
+GPU_MEMORY = """
+    import dataclasses
+    import weakref
+    import pytest
+    import torch
+    from tests import memory
+
+    @dataclasses.dataclass(frozen=True)
+    class Case:
+        ranks: int
+        seed: int = 0
+
+    class Tensors: pass
+
+    held, freed = [], []
+    torch.cuda.is_initialized = lambda: True
+    torch.cuda.memory_reserved = lambda: 2 << 30
+    torch.cuda.empty_cache = lambda: freed.append(sum(ref() is not None for ref in held))
+
+    @pytest.fixture
+    def tensors():
+        made = Tensors()
+        held.append(weakref.ref(made))
+        yield made
+
+    @pytest.mark.parametrize("case", [Case(1), Case(2)], ids=str)
+    def test_case(case, tensors):
+        assert case.ranks == 1
+
+    def test_no_case(tensors): pass
+
+    def test_what_was_freed():
+        assert len(held) == 3
+        assert freed == [0, 0], "after each case, when its fixtures and its frames were gone"
+"""
+
+
+def test_gpu_memory_is_given_back_after_a_test(tmp_path: Path) -> None:
+    run = pytest_run(tmp_path, GPU_MEMORY)
+    assert "1 failed, 3 passed" in run.stdout, run.stdout
+    run = pytest_run(tmp_path, GPU_MEMORY.replace("2 << 30", "1 << 20"), "-k", "freed or case")
+    assert "assert [] == [0, 0]" in run.stdout, run.stdout
+
+
 def test_a_kernel_of_which_nothing_was_proven_is_not_green(tmp_path: Path) -> None:
     kernel = "kernel.adapters.reference:ReferenceAdapter"
     run = pytest_run(tmp_path, CASES, "--kernel", kernel, header=True)

@@ -1,0 +1,10 @@
+"""`python -m kernel bench`: kernel time of the fused layer on one rank with the load of one of eight.
+
+`command` holds the options, `points` what they ask for, `load` the layer, `timer` the clock, `yardsticks` what is
+measured beside the kernel, `rows` every column of a result, `compare` the verdict, `files` how it is
+written; `sweep` puts them together. `dense_rows` is `python -m kernel dense`: the main loop alone.
+"""
+
+from kernel.bench.command import bench_command
+
+__all__ = ["bench_command"]

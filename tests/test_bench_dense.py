@@ -1,0 +1,121 @@
+"""`python -m kernel dense`: sizes, rows and turns without a GPU; a small size with one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from kernel import __main__ as cli
+from kernel.bench import dense_rows
+from kernel.bench.timer import WARM_UPS, Timer
+from kernel.build import FOLDER, EnvironmentMissing
+
+FIELDS = ["group", "m", "n", "k", "us", "tflops", "cublaslt_us", "cublaslt_tflops"]
+
+
+def invoke(*arguments: str) -> tuple[int, str]:
+    """(exit status, all output) of `python -m kernel dense`."""
+    result = CliRunner().invoke(cli.app, ("dense", *arguments), env={"COLUMNS": "240", "NO_COLOR": "1", "TERM": "dumb"})
+    return result.exit_code, result.output
+
+
+def test_a_row_by_hand() -> None:
+    """2 * 8192^3 in a millisecond are 1099.5 TFLOP/s."""
+    row = dense_rows.dense_row(64, (8192, 8192, 8192), 1000.04, 500.0)
+    assert list(row) == FIELDS
+    assert list(row.values()) == [64, 8192, 8192, 8192, 1000.0, 1099, 500.0, 2199]
+
+
+def test_what_names_the_clock() -> None:
+    assert "8 GiB of memset before each, median of 20 after 3" in dense_rows.what(20)
+
+
+def test_default_sizes_are_valid_and_those_of_the_result() -> None:
+    assert [dense_rows.parse_size("x".join(map(str, size))) for size in dense_rows.SIZES] == list(dense_rows.SIZES)
+    rows = json.loads((FOLDER / "results" / "dense.json").read_text())["rows"]
+    assert {(row["m"], row["n"], row["k"]) for row in rows} <= set(dense_rows.SIZES)
+    assert {row["group"] for row in rows} == set(dense_rows.GROUPS)
+
+
+class FakeEvent:
+    """Time is the number of events and calls so far, in ms."""
+
+    now = 0.0
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.at = FakeEvent.now
+
+    def elapsed_time(self, end: FakeEvent) -> float:
+        return end.at - self.at
+
+
+def test_calls_take_turns_and_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+
+    def call(name: str, ms: float) -> None:
+        log.append(name)
+        FakeEvent.now += ms if len(log) > 4 * WARM_UPS else 99.0  # the flush is in the log too
+
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(Timer, "flush", lambda self: call("flush", 1000.0))
+    found = dense_rows.times([lambda: call("a", 2.0), lambda: call("b", 3.0)], 4)
+    assert found == pytest.approx([2000.0, 3000.0])
+    assert log == ["flush", "a", "flush", "b"] * (WARM_UPS + 4)
+
+
+def test_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its fields are those of the committed one."""
+    monkeypatch.setattr(dense_rows, "require_device", lambda: SimpleNamespace(name="fake", driver="0"))
+    monkeypatch.setattr(dense_rows, "rows", lambda size, repeats: iter([dense_rows.dense_row(128, size, 10.0, 9.0)]))
+    path = tmp_path / "dense.json"
+    status, text = invoke("--size", "128x256x384", "--json", str(path))
+    assert status == 0, text
+    assert "128x256x384 per 128: 10.0 us, 3 TFLOP/s; cuBLASLt 9.0 us, 3 TFLOP/s" in text
+    found = json.loads(path.read_text())
+    assert set(json.loads((FOLDER / "results" / "dense.json").read_text())) == set(found)
+    assert [list(row) for row in found["rows"]] == [FIELDS]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--size", "128x128"), "--size '128x128' must be MxNxK, each a positive multiple of 128"),
+        (("--size", "128x128x64"), "--size '128x128x64' must be MxNxK"),
+        (("--size", "0x128x128"), "--size '0x128x128' must be MxNxK"),
+        (("--size", "-128x128x128"), "must be MxNxK"),
+        (("--repeats", "0"), "Invalid value for '--repeats'"),
+        (("--json", "nowhere/a.json"), "--json nowhere/a.json must lie in a folder that exists"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_usage(arguments: tuple[str, ...], message: str) -> None:
+    status, text = invoke(*arguments)
+    assert status == 2
+    assert message in " ".join(text.replace("│", " ").split())
+
+
+def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_gpu() -> None:
+        raise EnvironmentMissing("no GPU here")
+
+    monkeypatch.setattr(dense_rows, "require_device", no_gpu)
+    assert invoke() == (3, "environment: no GPU here\n")
+
+
+@pytest.mark.gpu
+def test_a_small_size() -> None:
+    result = dense_rows.measure([(256, 512, 1024)], 3)
+    assert [(row["group"], row["m"], row["n"], row["k"]) for row in result["rows"]] == [
+        (128, 256, 512, 1024),
+        (64, 256, 512, 1024),
+    ]
+    assert all(0 < row["us"] < 1000 and 0 < row["cublaslt_us"] < 1000 for row in result["rows"])

@@ -1,0 +1,109 @@
+"""The benchmark's clock: turns, what counts of them, and kernels that belong to one launch. No GPU."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kernel.bench import timer
+from kernel.bench.timer import MOST_LAUNCHES, ROUNDS, SUSTAINED_US, WARM_UPS, Call, Schedule, Timer
+
+
+def test_flushed_launches_take_turns() -> None:
+    schedule = timer.flushed([Call("a", "", print), Call("b", "", print)], 5)
+    assert schedule == Schedule(WARM_UPS + 5, WARM_UPS, {"a": 1, "b": 1}, 1, True)
+    times = [float(n) for n in range(WARM_UPS + 5)]
+    assert schedule.kept("a", times) == times[WARM_UPS:]
+
+
+@given(st.floats(1, 1e6), st.integers(2, 200))
+def test_a_sustained_turn_is_long_but_not_endless(us: float, repeats: int) -> None:
+    schedule = timer.sustained({"a": us}, repeats)
+    launches = schedule.launches["a"]
+    assert launches >= WARM_UPS + schedule.keep
+    assert launches * us >= SUSTAINED_US or launches >= MOST_LAUNCHES
+    times = [float(n) for n in range(schedule.rounds * launches)]
+    kept = schedule.kept("a", times)
+    assert len(kept) == ROUNDS * schedule.keep >= repeats
+    assert kept[-1] == times[-1]
+    assert kept[: schedule.keep] == times[launches - schedule.keep : launches]
+    assert not schedule.flush
+
+
+def test_kernels_of_a_launch_are_added() -> None:
+    assert timer.by_launch([1.0, 2.0, 3.0, 4.0], 2) == [3.0, 7.0]
+    assert timer.by_launch([1.0, 2.0], 2) == [1.0, 2.0]
+    assert timer.by_launch([1.0, 2.0, 3.0], 2) is None
+    assert timer.by_launch([], 2) is None
+
+
+def test_the_spread_is_half_of_p90_less_p10() -> None:
+    assert timer.spread([float(n) for n in range(101)]) == pytest.approx(40.0)
+    assert timer.spread([7.0, 7.0]) == 0.0
+
+
+class FakeProfile:
+    """A profiler that saw what the calls wrote to `log`: (name, start, us)."""
+
+    log: list[tuple[str, float]]
+
+    def __init__(self, activities: object) -> None:
+        FakeProfile.log = []
+
+    def __enter__(self) -> FakeProfile:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        return None
+
+    def events(self) -> list[SimpleNamespace]:
+        cuda = torch.autograd.DeviceType.CUDA
+        kernels = [
+            SimpleNamespace(
+                name=name, device_type=cuda, time_range=SimpleNamespace(start=n, elapsed_us=lambda us=us: us)
+            )
+            for n, (name, us) in enumerate(self.log)
+        ]
+        host = SimpleNamespace(name="moe_launch", device_type=torch.autograd.DeviceType.CPU, time_range=None)
+        return [host, *reversed(kernels)]
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Timer:
+    monkeypatch.setattr(torch.profiler, "profile", FakeProfile)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    made = Timer(True, 4)
+    monkeypatch.setattr(made, "flush", lambda: FakeProfile.log.append(("Memset (Device)", 99.0)))
+    FakeProfile.log = []
+    return made
+
+
+def launching(*kernels: tuple[str, float]) -> Call:
+    return Call(kernels[0][0], kernels[0][0], lambda: FakeProfile.log.extend(kernels))
+
+
+def test_a_profile_is_sorted_out_by_call(clock: Timer) -> None:
+    """One of the calls launches two kernels; flushes, the host and kernels of others do not count."""
+    calls = [launching(("moe_fast", 5.0), ("moe_fast_2", 6.0)), launching(("stream_read", 3.0))]
+    assert clock(calls, "flush") == {"moe_fast": [11.0] * 4, "stream_read": [3.0] * 4}
+    assert FakeProfile.log[:5] == [
+        ("Memset (Device)", 99.0),
+        ("moe_fast", 5.0),
+        ("moe_fast_2", 6.0),
+        ("Memset (Device)", 99.0),
+        ("stream_read", 3.0),
+    ], "each has its flush, and they take turns"
+
+
+def test_without_kernels_in_the_profile_events_are_used(
+    clock: Timer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(clock, "by_events", lambda calls, schedule: {call.name: [1.0] for call in calls})
+    lost = Call("fused", "moe_", lambda: None)
+    assert clock([lost], "flush") == {"fused": [1.0]}
+    assert "the profiler saw 0 kernels of fused in 7 launches: using events from here" in capsys.readouterr().err
+    assert not clock.profiler

@@ -1,0 +1,113 @@
+"""The floor of a chip, measured or by model, and how the kernel's tiles fill it. No GPU."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from kernel import __main__ as cli
+from kernel import build, floor, roofline
+from kernel.bench.points import PEERS
+from kernel.roofline import CEILING_TFLOPS, CHIPS, READ_GB_S, Load
+from quant.recipe import SHAPES
+from reference import scheduler
+
+PRESETS = list(PEERS["shapes"])
+FLASH = Load(4096, 2048, 8, 48, 25)
+
+
+def invoke(*arguments: str) -> tuple[int, str]:
+    """(exit status, all output) of `python -m kernel floor`."""
+    result = CliRunner().invoke(cli.app, ("floor", *arguments), env={"COLUMNS": "240", "NO_COLOR": "1", "TERM": "dumb"})
+    return result.exit_code, result.output
+
+
+@pytest.mark.parametrize("size", [10**6, 15 * 10**7, 10**9, 5 * 10**9])
+def test_the_h200_is_the_measured_curve(size: int) -> None:
+    assert CHIPS["H200"].read_us(size) == roofline.read_us(size)
+    assert CHIPS["H200"].multiply_us(FLASH) == roofline.multiply_us(FLASH)
+
+
+def test_h20_by_hand() -> None:
+    """4.0 TB/s x 4535/4800 and a start; 296 TFLOP/s x 1275/1979."""
+    assert CHIPS["H20"].read_us(10**9) == pytest.approx(10 + 1e9 / (4000e9 * 4535 / 4800) * 1e6)
+    assert CHIPS["H20"].multiply_us(FLASH) == pytest.approx(FLASH.flops / (296e12 * 1275 / 1979) * 1e6)
+    assert not CHIPS["H20"].measured
+
+
+def test_the_model_of_the_h200_is_near_its_curve() -> None:
+    """So much may the model of another chip be wrong where only the published rates differ."""
+    h200 = roofline.Chip(132, CHIPS["H200"].tb_s, CHIPS["H200"].fp8_tflops, False)
+    for gb, _ in READ_GB_S:
+        assert h200.read_us(int(gb * 1e9)) == pytest.approx(roofline.read_us(int(gb * 1e9)), rel=0.08)
+    assert h200.multiply_us(FLASH) == pytest.approx(roofline.multiply_us(FLASH))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("routing", ["folded", "distinct"])
+def test_tasks_are_those_of_the_scheduler(preset: str, routing: str) -> None:
+    shape = SHAPES[preset]
+    counts = floor.routed(shape, 300, routing, 0)
+    assert sum(counts) == 300 * shape.topk
+    all_tasks = scheduler.all_tasks(scheduler.make_plan([counts]), shape.hidden, shape.intermediate)
+    found = floor.tasks(counts, shape.hidden, shape.intermediate, 78)
+    assert (found.l1, found.l2) == (sum(not task.l2 for task in all_tasks), sum(task.l2 for task in all_tasks))
+
+
+@pytest.mark.parametrize("l1, l2, waves, last", [(78, 78, 2, 1.0), (78, 79, 3, 1 / 78), (1, 0, 1, 1 / 78)])
+def test_waves(l1: int, l2: int, waves: int, last: float) -> None:
+    found = floor.Tasks(l1, l2, 78)
+    assert (found.waves, found.per_sm) == (waves, (l1 + l2) / 78)
+    assert found.last_wave == pytest.approx(last)
+
+
+def test_registers_are_those_of_the_source() -> None:
+    source = (build.FOLDER / "moe_sm90.cu").read_text()
+    assert f"fewer_registers<{floor.REGISTERS['producer']}>" in source
+    assert f"more_registers<{floor.REGISTERS['math']}>" in source
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_has_a_ceiling(preset: str) -> None:
+    assert (SHAPES[preset].hidden, SHAPES[preset].intermediate) in CEILING_TFLOPS
+
+
+def test_the_command_prints_a_table() -> None:
+    status, output = invoke("--tokens", "8,8192")
+    assert status == 0
+    first, head, *lines = output.splitlines()
+    assert first.startswith("H20, 78 SMs, by model, not measured; tile 128 x 256 x 128, 4 stages, registers 56/224")
+    assert len(lines) == 2 * len(PRESETS)
+    assert {len(line) for line in lines} == {len(head)}
+
+
+def test_the_command_as_json() -> None:
+    status, output = invoke("--chip", "H20", "--preset", "dsv4_flash", "--tokens", "1,8192", "--json", "-")
+    assert status == 0
+    result = json.loads(output)
+    assert (result["chip"]["sms"], result["basis"]) == (78, "by model, not measured")
+    small, large = result["rows"]
+    assert (small["bound"], large["bound"]) == ("read", "multiply")
+    assert small["bytes"] == Load(4096, 2048, 1, 6, 6).bytes
+    assert (small["l1_tasks"], small["l2_tasks"]) == (6 * 16, 6 * 16)
+    for row in result["rows"]:
+        assert row["floor_us"] == max(row["read_us"], row["multiply_us"])
+        assert row["tasks_per_sm"] == pytest.approx((row["l1_tasks"] + row["l2_tasks"]) / 78)
+
+
+def test_the_h200_is_measured() -> None:
+    status, output = invoke("--chip", "H200", "--preset", "glm", "--tokens", "64")
+    assert status == 0
+    assert output.startswith("H200, 132 SMs, rates as measured; ")
+
+
+@pytest.mark.parametrize(
+    "option, value", [("--chip", "B200"), ("--preset", "none"), ("--tokens", "0"), ("--routing", "x")]
+)
+def test_mistakes_are_refused(option: str, value: str) -> None:
+    status, output = invoke(option, value)
+    assert status == 2
+    assert option in output
+    assert value in output
