@@ -1,4 +1,4 @@
-"""`python -m reference run | explain | usual`: compute a case; derive one element by hand; compare the usual reference.
+"""`python -m reference run | explain | usual | error`: compute a case; derive one element; compare with others.
 
 Exit status: 0 done, 1 what was derived is not what the layer gives (or a bundle is damaged), 2 usage, 3 environment.
 """
@@ -10,6 +10,7 @@ import difflib
 import json
 import resource
 import time
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -148,7 +149,7 @@ def usual(case_id: CaseId = GATE[0].id, as_json: AsJson = False) -> None:
     console_err.print("FP32 einsum over dequantised values ...", highlight=False)
     theirs = oracle.usual_reference(
         *arguments,
-        lambda e: tuple(t.cpu() for t in made.weights(e)),
+        partial(_on_host, made),
         clamp=case.recipe.clamp,
         granularity=case.recipe.activation_granularity,
         weight_fold=case.recipe.weight_fold,
@@ -170,6 +171,42 @@ def usual(case_id: CaseId = GATE[0].id, as_json: AsJson = False) -> None:
         f"({100 * report['share']:.1f} %); calc_diff {report['calc_diff']:.2e}",
         highlight=False,
         soft_wrap=True,
+    )
+
+
+def _on_host(made: inputs.Inputs, expert: int) -> tuple[torch.Tensor, ...]:
+    return tuple(tensor.cpu() for tensor in made.weights(expert))
+
+
+@app.command()
+def error(
+    case_id: CaseId = GATE[0].id,
+    tokens: Annotated[int, typer.Option(min=1, help="tokens of rank 0 that FP64 computes, the first ones")] = 4,
+    columns: Annotated[int, typer.Option(min=1, help="columns of y that FP64 computes, spread evenly")] = 256,
+    as_json: AsJson = False,
+) -> None:
+    """What a scale for 128 activation columns costs in error, beside one for 64: y against FP64 without any rounding.
+
+    Relative error: root mean square of y - y64 over that of y64, on a sample.
+    """
+    case = find_case(case_id)
+    report = {"case": case.id, "errors": {}}
+    for granularity in (64, 128):
+        recipe = dataclasses.replace(case.recipe, activation_granularity=granularity)
+        made, result, _ = compute(dataclasses.replace(case, recipe=recipe))
+        chosen = torch.arange(min(tokens, case.tokens[0]))
+        hidden = torch.arange(0, case.shape.hidden, max(1, case.shape.hidden // columns))[:columns]
+        arguments = [tensors[0] for tensors in made.arguments()[:4]]
+        options = {"clamp": recipe.clamp, "silu": recipe.silu, "granularity": granularity}
+        y64, _ = oracle.fp64_layer(*arguments, partial(_on_host, made), chosen, hidden, **options)
+        report["errors"][granularity] = oracle.relative_error(result.y[0].cpu()[chosen][:, hidden].double(), y64)
+    report["elements"] = y64.numel()
+    if as_json:
+        print(json.dumps(report))
+        return
+    said = ", ".join(f"per {g} columns {100 * e:.3f} %" for g, e in report["errors"].items())
+    console.print(
+        f"{case.id}: relative error of {y64.numel():,} elements of y: {said}", highlight=False, soft_wrap=True
     )
 
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import ast
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import reference.oracle
 from quant import atoms
 from quant.recipe import RECIPES
-from reference.oracle import Refused, calc_diff, fp64_layer, gemm_bound, headroom, usual_reference
+from reference import __main__ as reference_cli
+from reference.oracle import Refused, calc_diff, fp64_layer, gemm_bound, headroom, relative_error, usual_reference
 from reference.oracle.activation import Bounded, silu_bound
 from reference.oracle.decode import VALUES
 from tests.oracle_cases import Draw, choices, everything, mixed_case, model_y, replaced, with_weights
@@ -175,6 +178,23 @@ def test_fp64_layer_refuses_unknown_choices() -> None:
     for wrong in ({"silu": "slow"}, {"granularity": 32}, {"clamp": -1.0}, {"activation_scale": "e5m2"}):
         with pytest.raises(Refused, match=next(iter(wrong))):
             fp64_layer(*case, *everything(case), **(choices(RECIPES["default"]) | wrong))
+
+
+def test_relative_error_is_root_mean_square() -> None:
+    y64 = torch.tensor([3.0, -4.0, 0.0], dtype=torch.float64)
+    assert relative_error(y64.float(), y64) == 0.0
+    assert relative_error(y64.to(torch.bfloat16) * 1.5, y64) == pytest.approx(0.5)
+    assert relative_error(torch.ones(2), torch.zeros(2, dtype=torch.float64)) == 0.0  # no size to compare with
+
+
+def test_the_error_of_both_granularities_is_shown() -> None:
+    shown = CliRunner().invoke(
+        reference_cli.app, ("error", "smoke-r1-t5", "--tokens", "2", "--columns", "16", "--json")
+    )
+    report = json.loads(shown.stdout)
+    assert shown.exit_code == 0
+    assert report["elements"] == 32
+    assert all(0.001 < report["errors"][granularity] < 0.1 for granularity in ("64", "128"))  # e4m3 has 3 bits
 
 
 # --- what the field compares with -------------------------------------------------------------------------------------

@@ -8,11 +8,12 @@ lattice_y       y of a lattice input, bit for bit, by integers alone: no float m
 fp64_layer      y of any finite input in float64, and a bound on how far a correct kernel may be from it
 gemm_bound      the same for one block-scaled FP8 GEMM
 headroom        the share of a bound that was used, max |error| / bound
+relative_error  how far y is from it on average, for show
 usual_reference, calc_diff   what the field compares with, to show beside ours; never a verdict
 """
 
 from reference.oracle.decode import Refused
-from reference.oracle.fp64 import fp64_layer, headroom
+from reference.oracle.fp64 import fp64_layer, headroom, relative_error
 from reference.oracle.gemm import gemm_bound
 from reference.oracle.lattice import NotLattice, lattice_y
 from reference.oracle.usual import calc_diff, usual_reference
@@ -25,5 +26,6 @@ __all__ = [
     "gemm_bound",
     "headroom",
     "lattice_y",
+    "relative_error",
     "usual_reference",
 ]

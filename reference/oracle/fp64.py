@@ -141,6 +141,13 @@ def checked_clamp(clamp: float | None) -> float:
     return limit
 
 
+def relative_error(y: Tensor, y64: Tensor) -> float:
+    """Root mean square of y - y64 over that of y64; y of any float dtype. For show, as calc_diff is, no verdict."""
+    error = y.detach().cpu().double() - y64
+    size = y64.square().mean().sqrt()
+    return (error.square().mean().sqrt() / size).item() if size != 0 else 0.0
+
+
 def headroom(y: Tensor, y64: Tensor, bound: Tensor) -> float:
     """max |y - y64| / bound: the share of the bound that was used. 0/0 is 0; a NaN or a missed zero is inf.
 
