@@ -81,12 +81,17 @@ __device__ __forceinline__ void pull_row(const layout::Rank& r, const scheduler:
     for (u32 i = lane; i < s.hidden / 128; i += 32) to_sf[static_cast<u64>(i) * s.ring_rows] = from_sf[i];
 }
 
-// The place of a pool block in the ring is free: GEMM 1 has read the block that stood there.
+// The place of a pool block in the ring is free: GEMM 1 has read the block that stood there. One lane looks, so that the
+// warp stays together also where the launch has failed.
 __device__ __forceinline__ bool wait_free(const layout::Rank& r, u32 block) {
     if (block < r.p.shape.ring_blocks) return true;
     const u32 expected = scheduler::l1_columns(r.p.shape);
-    return barrier::spin(r, r.block_l1_tiles() + block - r.p.shape.ring_blocks, barrier::kBlockL1Tiles, expected,
-                         [&](u32 seen) { return seen >= expected; });
+    bool free = true;
+    if (threadIdx.x % 32 == 0)
+        free = barrier::spin(r, r.block_l1_tiles() + block - r.p.shape.ring_blocks, barrier::kBlockL1Tiles, expected,
+                             [&](u32 seen) { return seen >= expected; });
+    __syncwarp();
+    return __shfl_sync(0xFFFFFFFFu, static_cast<u32>(free), 0) != 0;
 }
 
 // The dispatch warps of all blocks, each block of the pool in its turn: GEMM 1 starts on the first while later ones travel.

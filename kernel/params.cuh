@@ -34,7 +34,8 @@ struct Shape {
     u32 ring_rows;
 };
 
-// What a spin that ran out of time leaves behind. `flag` is written last; everyone who sees it drains and exits.
+// What a spin that ran out of time leaves behind. `flag` is set by the first; everyone who sees it drains and exits, and the
+// host reads the rest when the launch has ended.
 struct Status {
     u32 flag, rank, block, counter, expected, seen;
 };

@@ -1,5 +1,4 @@
 // Eq. (7): an output row becomes BF16 before it leaves for slot (token, k) of its source rank.
-// Eq. (7): an output row becomes BF16 before it leaves for slot (token, k) of its source rank.
 #pragma once
 #include "layout.cuh"
 #include "quad.cuh"

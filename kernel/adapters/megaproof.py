@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -27,7 +29,7 @@ class MegaproofAdapter:
         """ring_blocks: memory for activations; None: for all of them, so that they can be shown."""
         self.ring_blocks = ring_blocks
         self.prepared: Prepared | None = None
-        self.buffer: api.SymmBuffer | None = None
+        self.buffer: Any = None
         self._weights_of: object = None
 
     def claims(self, recipe: Recipe) -> str | None:
@@ -40,17 +42,14 @@ class MegaproofAdapter:
 
     def prepare(self, prepared: Prepared) -> None:
         """Raises EnvironmentMissing without an SM90 GPU."""
-        api.require_device()
+        self._require()
         case, made = prepared.case, prepared.inputs
         shape, capacity = case.shape, max(1, *case.tokens)
         local = shape.experts_per_rank(case.ranks)
         sizes = (case.ranks, shape.experts, shape.topk, shape.hidden, shape.intermediate)
         if self.buffer is None or self._sizes != sizes or self.buffer.problem.capacity < capacity:
-            group, sizes_of_api = api.VirtualGroup(case.ranks), (shape.topk, shape.hidden, shape.intermediate)
-            all_blocks = Problem(case.ranks, shape.experts, *sizes_of_api, capacity).pool_blocks
-            self.buffer = api.get_symm_buffer_for_mega_moe(
-                group, shape.experts, capacity, *sizes_of_api, ring_blocks=self.ring_blocks or all_blocks
-            )
+            layer = (case.ranks, shape.experts, shape.topk, shape.hidden, shape.intermediate, capacity)
+            self.buffer = self._make_buffer(Problem(*layer, self.ring_blocks or Problem(*layer).pool_blocks))
             self._sizes, self._weights_of = sizes, None
         if self._weights_of is not made.weights:
             self.weights = [self._rank_weights(prepared, rank, local) for rank in range(case.ranks)]
@@ -130,6 +129,13 @@ class MegaproofAdapter:
         self.buffer = self.prepared = self._weights_of = None
         self.weights = self.outputs = self.counts = []
 
+    def _require(self) -> None:
+        api.require_device()
+
+    def _make_buffer(self, problem: Problem) -> Any:
+        sizes = (problem.experts, problem.capacity, problem.topk, problem.hidden, problem.intermediate)
+        return api.get_symm_buffer_for_mega_moe(api.VirtualGroup(problem.ranks), *sizes, ring_blocks=problem.ring)
+
     @staticmethod
     def _rank_weights(prepared: Prepared, rank: int, local: int) -> tuple:
         experts = map(prepared.inputs.weights, range(rank * local, (rank + 1) * local))
@@ -137,7 +143,7 @@ class MegaproofAdapter:
         return api.transform_weights_for_mega_moe_sm90((w1.view(FP8), w1_sf), (w2.view(FP8), w2_sf))
 
     @property
-    def _buffer(self) -> api.SymmBuffer:
+    def _buffer(self) -> Any:
         assert self.buffer is not None, "prepare comes first"
         return self.buffer
 

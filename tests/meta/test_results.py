@@ -23,14 +23,15 @@ def test_a_result_is_of_these_sources(path: Path) -> None:
 def test_the_readme_quotes_the_results() -> None:
     readme = (ROOT / "README.md").read_text()
     rows = {path.stem: json.loads(path.read_text())["rows"] for path in RESULTS}
+    if not rows:  # none is of these sources
+        assert "No time of the kernel is quoted here" in readme
+        assert "TFLOP/s" not in readme
+        return
     quoted = (1, 8, 32, 128, 512, 2048, 8192)
-    for preset in ("mimo_pro", "glm"):
+    for preset in ("dsv4_flash", "dsv4_pro"):
         points = {row["T"]: row for row in rows["sweep"] if (row["preset"], row["granularity"]) == (preset, 64)}
         for name, column, digits in (("us", "us", 0), ("of the best", "ratio_best", 2)):
             line = " | ".join(f"{points[tokens][column]:.{digits}f}" for tokens in quoted)
             assert f"| {preset}, {name} | {line} |" in readme
-    assert f"{len(rows['sweep'])} rows;" in readme
-    (wide,) = (row for row in rows["sweep"] if (row["granularity"], row["T"]) == (128, 8192))
-    assert f"takes {wide['us']:.0f} us at T = 8192, {wide['ratio_best']:.2f} of the best" in readme
     best = {group: max(row["tflops"] for row in rows["dense"] if row["group"] == group) for group in (128, 64)}
     assert f"reaches {best[128]:,} TFLOP/s at 8192^3 and per 64 {best[64]:,}" in readme

@@ -1,0 +1,230 @@
+"""The fused kernel's own sources on a CPU: compiled for the host, every CUDA thread a fiber of machine.hpp.
+
+Every line of the kernel but ptx.cuh is what ships. A run is decided by its seed: who goes on, when a copy lands.
+Shapes have to be small: a thread of the GPU costs a microsecond whenever it waits.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kernel import build
+from kernel.api import SOURCES
+from kernel.config import ALIGNMENT, BOX_ROWS, THREADS, TURN_N, Problem, shared_bytes
+from kernel.launch import TensorMap
+from kernel.params import SHAPE_FIELDS, KernelShape, Layout, Params, Swiglu
+from kernel.symm import COUNTERS, RankViews
+from quant import tables
+from quant.recipe import Recipe
+
+FOLDER = Path(__file__).parent
+LAUNCH_REGISTERS = 168
+MOST_STEPS = 50_000_000
+"""Of the scheduler, in which a launch has to end; small layers take about a million."""
+
+
+class EmulationError(AssertionError):
+    """A run that did not end as it should: deadlock, collectives that do not match, a role that gave up."""
+
+
+def compiler() -> str | None:
+    """A C++ compiler of the host, if there is one."""
+    return shutil.which("g++") or shutil.which("clang++")
+
+
+def unchanged(text: str) -> str:
+    """The kernel as it ships."""
+    return text
+
+
+def source(granularity: int = 64, change: Callable[[str], str] = unchanged) -> str:
+    """The translation unit: machine, the scalar atoms of the twin, ptx for the machine, the kernel after `change`."""
+    atoms, _, tensor_core = (
+        (build.FOLDER.parent / "quant" / "twin.cu").read_text().partition("// ---- element by element")
+    )
+    steps = tensor_core[tensor_core.index("constexpr short kNoTerm") :]
+    steps = steps[: steps.index("extern")]
+    steps = (
+        steps[: steps.index("struct ChainParams")] + steps[steps.index("__device__ __forceinline__ void decode_term") :]
+    )
+    seen: set[Path] = {(build.FOLDER / "ptx.cuh").resolve()}
+    kernel = change("".join(build._inlined(build.FOLDER / name, seen) for name in SOURCES))
+    kernel = re.sub(r"^#line .*$", "", kernel, flags=re.MULTILINE)
+    kernel, words = re.subn(
+        r"__shared__ u32 ([\w, ]+);",
+        lambda m: "".join(
+            f"u32& {name} = emu::words(__LINE__, {m[1].count(',') + 1})[{i}]; "
+            for i, name in enumerate(m[1].split(", "))
+        ),
+        kernel,
+    )
+    kernel, dynamic = re.subn(
+        r"extern __shared__ .*? u8 shared\[\];", "u8* shared = emu::machine->current->block->shared.get();", kernel
+    )
+    assert (words, dynamic) == (1, 1), "shared variables of the kernel are not those that the emulator knows"
+    defines = {
+        "SHARED_BYTES": shared_bytes(),
+        "PARAMS_BYTES": ctypes.sizeof(Params),
+        "GRANULARITY": granularity,
+    }
+    return "\n".join(
+        [
+            *(f"#define {name} {value}" for name, value in defines.items()),
+            (FOLDER / "machine.hpp").read_text(),
+            "inline float __fmaf_rn(float a, float b, float c) { return __builtin_fmaf(a, b, c); }",
+            "inline float __fdiv_rn(float a, float b) { return a / b; }",
+            "#include <cmath>",
+            atoms,
+            steps,
+            (FOLDER / "ptx.hpp").read_text(),
+            kernel,
+            RUN,
+        ]
+    )
+
+
+RUN = """
+extern "C" const char* emulate(const Params* p, int fast, unsigned grid, unsigned threads, unsigned shared,
+                               unsigned registers, unsigned seed, unsigned long long steps,
+                               const int* rcp, const int* ex2) {
+    static std::string said;
+    emu::tables = {rcp, ex2};
+    const emu::Kernel entry = fast ? [](const void* q) { moe_fast(*static_cast<const Params*>(q)); }
+                                   : [](const void* q) { moe_precise(*static_cast<const Params*>(q)); };
+    said = emu::run(entry, p, grid, threads, shared, registers, seed, steps, &p->status->flag);
+    return said.c_str();
+}
+"""
+
+
+@functools.cache
+def library(text: str) -> ctypes.CDLL:
+    """The compiled translation unit; kept in the cubin cache's folder by the digest of its text."""
+    folder = build.cache_folder()
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path = folder / f"emulated-{hashlib.sha256(text.encode()).hexdigest()[:32]}.so"
+    if not path.exists():
+        command = [
+            str(compiler()),
+            "-std=c++20",
+            "-O1",
+            "-ffp-contract=off",
+            "-fno-strict-aliasing",
+            "-shared",
+            "-fPIC",
+        ]
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            made = Path(scratch) / "emulated.so"
+            (Path(scratch) / "emulated.cpp").write_text(text)
+            run = subprocess.run(
+                [*command, "-w", "-o", str(made), str(Path(scratch) / "emulated.cpp")], capture_output=True, text=True
+            )
+            if run.returncode:
+                raise EmulationError(f"the kernel does not compile for the host: {run.stderr[:2000]}")
+            made.replace(path)
+    found = ctypes.CDLL(str(path))
+    found.emulate.restype = ctypes.c_char_p
+    return found
+
+
+def _map(matrix: Tensor, box_rows: int) -> TensorMap:
+    """What `tma_load_2d` of the emulator reads."""
+    rows, columns = matrix.shape
+    return TensorMap((ctypes.c_uint64 * 16)(matrix.data_ptr(), rows, columns, matrix.stride(0), box_rows))
+
+
+@dataclass
+class Buffers:
+    """A virtual group in host memory, as `SymmBuffer` has it on a GPU."""
+
+    problem: Problem
+    storage: Tensor
+    ranks: list[RankViews]
+    status: Tensor
+
+    def rank(self, r: int) -> RankViews:
+        return self.ranks[r]
+
+    def destroy(self) -> None:
+        """Nothing to give back."""
+
+
+def buffers(problem: Problem) -> Buffers:
+    """All zero, as a new SymmBuffer."""
+    _, size = problem.offsets()
+    raw = torch.zeros(problem.ranks * size + ALIGNMENT, dtype=torch.uint8)
+    skip = -raw.data_ptr() % ALIGNMENT
+    storage = raw[skip : skip + problem.ranks * size].view(problem.ranks, size)
+    return Buffers(problem, storage, [RankViews(problem, part) for part in storage], torch.zeros(8, dtype=torch.int32))
+
+
+@dataclass(frozen=True)
+class Run:
+    """How a launch runs."""
+
+    blocks: int = 2
+    """Of a rank."""
+    seed: int = 0
+    change: Callable[[str], str] = unchanged
+    """Of the kernel's text before it is compiled."""
+    timeout_steps: int = MOST_STEPS
+    """How long a role waits, in steps of the scheduler."""
+    most_steps: int = MOST_STEPS
+
+
+def launch(
+    own: Buffers,
+    weights: Sequence[tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]],
+    ys: Sequence[Tensor],
+    stats: Sequence[Tensor],
+    recipe: Recipe,
+    run: Run = Run(),
+) -> None:
+    """One launch; inputs stand in the buffers. A rank: its (w1, scales) and (w2, scales), transformed; y; statistics.
+
+    Raises EmulationError.
+    """
+    problem = own.problem
+    params = Params(
+        layout=Layout(**problem.offsets()[0]),
+        shape=KernelShape(**{name: getattr(problem, name) for name in SHAPE_FIELDS}),
+        swiglu=Swiglu(recipe.clamp or 0.0, recipe.clamp is not None),
+        blocks_per_rank=run.blocks,
+        status=own.status.data_ptr(),
+        timeout_ns=1000 * run.timeout_steps,
+    )
+    for rank, (views, (l1, l2), y, counts) in enumerate(zip(own.ranks, weights, ys, stats, strict=True)):
+        (w1, w1_sf), (w2, w2_sf) = l1, l2
+        params.buffer[rank] = views.storage.data_ptr()
+        mine = params.rank[rank]
+        mine.l1_acts, mine.l2_acts = _map(views.l1_acts, BOX_ROWS), _map(views.l2_acts, BOX_ROWS)
+        mine.w1, mine.w2 = _map(w1.view(-1, w1.shape[2]), TURN_N), _map(w2.view(-1, w2.shape[2]), TURN_N)
+        mine.w1_sf, mine.w2_sf = w1_sf.data_ptr(), w2_sf.data_ptr()
+        mine.y, mine.stats, mine.tokens = y.data_ptr(), counts.data_ptr(), y.shape[0]
+    rcp, ex2 = (np.ascontiguousarray(tables.load(name).numpy()) for name in tables.NAMES)
+    said = library(source(recipe.activation_granularity, run.change)).emulate(
+        ctypes.byref(params),
+        ctypes.c_int(recipe.silu == "fast"),
+        *map(ctypes.c_uint, (run.blocks * problem.ranks, THREADS, shared_bytes(), LAUNCH_REGISTERS, run.seed)),
+        ctypes.c_ulonglong(run.most_steps),
+        *(table.ctypes.data_as(ctypes.c_void_p) for table in (rcp, ex2)),
+    )
+    if said:
+        raise EmulationError(f"seed {run.seed}: {said.decode()}")
+    flag, rank, block, counter, expected, seen, *_ = own.status.tolist()
+    if flag:
+        waited = f"rank {rank}, block {block} waited for {COUNTERS.get(counter)}"
+        raise EmulationError(f"seed {run.seed}: {waited}: expected {expected}, saw {seen}")

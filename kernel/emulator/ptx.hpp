@@ -1,0 +1,209 @@
+// kernel/ptx.cuh for the emulated machine: the same names. Arithmetic is that of quant/twin.cu, which is part of this build.
+#pragma once
+#include <cmath>
+
+namespace emu {
+
+inline Tables tables;
+
+inline float wgmma_step(float c, const u8* a, const u8* b) {
+    int emax = kNoTerm;
+    float values[32];
+    bool nan = false;
+    for (u32 k = 0; k < 32; ++k) {
+        float x, y;
+        short ex, ey;
+        bool nan_a, nan_b;
+        decode_term(a[k], x, ex, nan_a), decode_term(b[k], y, ey, nan_b);
+        nan |= nan_a || nan_b;
+        values[k] = x * y;
+        if (ex != kNoTerm && ey != kNoTerm) emax = max(emax, ex + ey);
+    }
+    if (nan || c != c) return from_bits(kNaN);
+    if (emax < -100) return finish_step(c, emax, 0.0f);
+    if (c != 0.0f) emax = max(emax, max(static_cast<int>(bits_of(c) >> 23 & 0xFF), 1) - 127);
+    const float scale = pow2(13 - emax);
+    int total = static_cast<int>(c * scale);
+    for (float value : values) total += static_cast<int>(value * scale);  // to integers: cut toward zero
+    return from_bits(bits_of(static_cast<float>(total)) & ~0x3FFu) * pow2(emax - 13);
+}
+
+// Element k of a row in the 128-byte swizzle; `matrix` points at the row's tile, k steps of 32 bytes further on.
+inline const u8* swizzled(u64 address) { return reinterpret_cast<const u8*>(address ^ (address >> 7 & 7) << 4); }
+
+}  // namespace emu
+
+namespace ptx {
+
+// ---- arithmetic -----------------------------------------------------------------------------------------------------
+
+inline float fma_rn(float a, float b, float c) { return fmaf(a, b, c); }
+inline float fma_rn_sat(float a, float b, float c) {
+    const float d = fmaf(a, b, c);
+    return d != d ? 0.0f : fminf(fmaxf(d, 0.0f), 1.0f);
+}
+inline float fma_rm(float a, float b, float c) {
+    const double exact = static_cast<double>(a) * b + c;
+    const float d = static_cast<float>(exact);
+    return d > exact ? nextafterf(d, -INFINITY) : d;
+}
+inline float rcp_rn(float x) { return 1.0f / x; }
+inline float rcp_approx(float x) { return ::rcp_approx(x, emu::tables); }
+inline float ex2_approx(float x) { return ::ex2_approx(x, emu::tables); }
+inline u16 cvt_e4m3x2(float high, float low) { return static_cast<u16>(encode_e4m3(high) << 8 | encode_e4m3(low)); }
+inline u16 cvt_bf16(float x) { return encode_bf16(x); }
+
+// ---- order: everything is seen at once, so a fence only lets others go on -----------------------------------------------
+
+inline void fence_proxy_async() {}
+inline void fence_proxy_async_all() {}
+inline void fence_system() { emu::yield(); }
+inline void fence_mbarrier_init() {}
+inline u32 load_acquire(const u32* address) { return emu::yield(), *address; }
+inline u32 load_relaxed(const u32* address) { return *address; }
+inline uint4 load_volatile(const uint4* address) { return *address; }
+inline u32 load_volatile(const u32* address) { return *address; }
+inline void store_release(u32* address, u32 value) { emu::yield(), *address = value; }
+inline u32 atomic_add(u32* address, u32 value) {
+    emu::yield();
+    const u32 before = *address;
+    *address += value;
+    return before;
+}
+inline u32 atomic_add_shared(u32* address, u32 value) { return atomic_add(address, value); }
+inline u32 atomic_add_acq_rel(u32* address, u32 value) { return atomic_add(address, value); }
+inline u32 atomic_cas(u32* address, u32 expected, u32 value) {
+    const u32 before = *address;
+    if (before == expected) *address = value;
+    return before;
+}
+inline void reduce_add_release(u32* address, u32 value) { atomic_add(address, value); }
+inline void reduce_add_release_system(u32* address, u32 value) { atomic_add(address, value); }
+inline u64 global_timer() { return emu::yield(), 1000 * emu::machine->steps; }  // a step is a microsecond
+
+// ---- barriers -------------------------------------------------------------------------------------------------------
+
+template <u32 kId, u32 kThreads>
+inline void named_barrier() {
+    static_assert(kId > 0 && kId < 16);
+    emu::meet(emu::machine->current->block->barriers[kId], kThreads, "named barrier");
+}
+inline void mbarrier_init(u64* barrier, u32 arrivals) { emu::machine->mbarriers[barrier] = {arrivals, arrivals}; }
+inline void mbarrier_arrive(u64* barrier) { emu::yield(), emu::arrive(barrier); }
+inline void mbarrier_arrive_expect(u64* barrier, u32 bytes) { emu::yield(), emu::arrive(barrier, bytes); }
+inline bool mbarrier_test_wait(u64* barrier, u32 parity) {
+    emu::yield();
+    return emu::mbarrier(barrier).phase != parity;
+}
+// As on the chip it may return without the phase having completed; here it does so only where others run.
+inline bool mbarrier_try_wait(u64* barrier, u32 parity) {
+    if (mbarrier_test_wait(barrier, parity)) return true;
+    emu::block_on(emu::mbarrier(barrier).waiting, "an mbarrier");
+    return emu::mbarrier(barrier).phase != parity;
+}
+
+// ---- asynchronous copies --------------------------------------------------------------------------------------------
+
+// As the test's host encodes it: base, rows, columns, bytes from row to row, rows of a box of 128 columns.
+struct alignas(64) TensorMap {
+    u64 opaque[16];
+};
+
+inline void tma_load_2d(void* target, const TensorMap& map, u64* barrier, int column, int row) {
+    const u8* base = reinterpret_cast<const u8*>(map.opaque[0]);
+    const u64 rows = map.opaque[1], columns = map.opaque[2], stride = map.opaque[3], box = map.opaque[4];
+    emu::machine->jobs.push_back([=] {
+        const u64 to = reinterpret_cast<u64>(target);
+        for (u64 r = 0; r < box; ++r)
+            for (u64 c = 0; c < 128; c += 16) {
+                u8* place = const_cast<u8*>(emu::swizzled(to + r * 128 + c));
+                if (row + r < rows && column + c < columns) memcpy(place, base + (row + r) * stride + column + c, 16);
+                else memset(place, 0, 16);
+            }
+        emu::landed(barrier, box * 128);
+    });
+    emu::yield();
+}
+inline void tma_prefetch_2d(const TensorMap&, int, int) {}
+inline void prefetch_l1(const void*) {}
+inline void bulk_load(void* target, const void* source, u32 bytes, u64* barrier) {
+    emu::machine->jobs.push_back([=] {
+        memcpy(target, source, bytes);
+        emu::landed(barrier, bytes);
+    });
+    emu::yield();
+}
+inline void bulk_store(void* target, const void* source, u32 bytes) {
+    emu::Fiber* fiber = emu::machine->current;
+    fiber->stores_under_way += 1;
+    emu::machine->jobs.push_back([=] {
+        memcpy(target, source, bytes);
+        if (--fiber->stores_under_way == 0) emu::wake(fiber->store_waiters);
+    });
+}
+inline void bulk_store_wait() {
+    emu::Fiber* fiber = emu::machine->current;
+    while (fiber->stores_under_way != 0) emu::block_on(fiber->store_waiters, "its bulk stores");
+}
+
+// ---- registers of a role --------------------------------------------------------------------------------------------
+
+inline void set_registers(u32 registers) {
+    emu::Block& block = *emu::machine->current->block;
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) {
+        emu::Warp& warp = emu::warp();
+        if (registers <= warp.registers) {
+            block.free_registers += 32 * (warp.registers - registers);
+            emu::wake(block.want_registers);
+        } else {
+            while (block.free_registers < 32 * (registers - warp.registers)) emu::block_on(block.want_registers, "registers");
+            block.free_registers -= 32 * (registers - warp.registers);
+        }
+        warp.registers = registers;
+    }
+    __syncwarp();
+}
+template <u32 kRegisters>
+inline void more_registers() { set_registers(kRegisters); }
+template <u32 kRegisters>
+inline void fewer_registers() { set_registers(kRegisters); }
+
+// ---- wgmma: read and computed when it is waited for, the latest moment that the chip may take ----------------------------
+
+inline void wgmma_fence() {}
+inline void wgmma_commit() { emu::yield(); }
+inline void pin(float&) {}
+inline void pin(u32&) {}
+inline u64 descriptor_swizzle_128(const void* matrix) { return reinterpret_cast<u64>(matrix) >> 4; }
+
+template <int kN>
+inline void wgmma_ss(float (&d)[kN / 2], u64 desc_a, u64 desc_b, bool scale_d) {
+    const u32 thread = threadIdx.x % 128;
+    float* sums = d;
+    emu::machine->current->chain.push_back([=] {
+        const u32 row = thread / 32 * 16 + thread % 32 / 4, column = thread % 4 * 2;
+        u8 a[2][32], b[32];
+        const auto load = [](u8* to, u64 address) {
+            memcpy(to, emu::swizzled(address), 16), memcpy(to + 16, emu::swizzled(address + 16), 16);
+        };
+        for (u32 half = 0; half < 2; ++half) load(a[half], (desc_a << 4) + (row + 8 * half) * 128);
+        for (u32 j = 0; j < kN / 8; ++j)
+            for (u32 i = 0; i < 2; ++i) {
+                load(b, (desc_b << 4) + (8 * j + column + i) * 128);
+                for (u32 half = 0; half < 2; ++half) {
+                    float& sum = sums[4 * j + 2 * half + i];
+                    sum = emu::wgmma_step(scale_d ? sum : 0.0f, a[half], b);
+                }
+            }
+    });
+}
+template <int kPending>
+inline void wgmma_wait() {
+    static_assert(kPending == 0);
+    emu::yield();
+    for (emu::Job& step : emu::machine->current->chain) step();
+    emu::machine->current->chain.clear();
+}
+
+}  // namespace ptx

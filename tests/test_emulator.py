@@ -1,0 +1,155 @@
+"""The kernel's own sources on a CPU, against the reference, bit for bit; and faults in them, each convicted.
+
+A seed decides who goes on and when copies land, so a wait that is missing shows in some of them. Needs a C++ compiler.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from kernel import emulator
+from kernel.adapters import Prepared
+from kernel.adapters.emulated import EmulatedAdapter
+from quant.recipe import Recipe, Shape
+from reference.layer import LayerResult, moe_layer
+from tests import inputs
+from tests.cases import SMOKE, Case
+from tests.kernel_proof import Convicted, Proof, prove
+
+pytestmark = pytest.mark.skipif(emulator.compiler() is None, reason="no C++ compiler is on PATH (g++ or clang++)")
+
+
+def prepared(case: Case) -> tuple[Prepared, LayerResult]:
+    made = inputs.make(case)
+    expected = moe_layer(case.recipe, *made.arguments(), trace=True, experts=case.shape.experts)
+    return Prepared(case, made, torch.device("cpu")), expected
+
+
+def proof(case: Case, ring: int | None = None, **run: object) -> Proof:
+    return prove(EmulatedAdapter(ring, emulator.Run(**run)), *prepared(case))
+
+
+CASES = [case for case in SMOKE if EmulatedAdapter().claims(case.recipe) is None and case.ranks < 8]
+
+
+@pytest.mark.parametrize("case", CASES[:: len(CASES) // 6], ids=lambda case: case.id)
+def test_every_stage_of_a_case_equals_the_reference(case: Case) -> None:
+    done = proof(case, seed=len(case.id))
+    assert done.elements > 0
+    assert done.launches == 3
+
+
+def narrow(experts: int, tokens: tuple[int, ...], topk: int = 2, **recipe: object) -> Case:
+    """H = I = 128: one K block a tile, where roles hand over most often."""
+    shape = Shape("narrow", hidden=128, intermediate=128, experts=experts, topk=topk)
+    return Case(shape, tokens, recipe=Recipe(**recipe))
+
+
+CROWDED = narrow(40, (48, 33))
+"""More than 32 pool blocks in all, so that a ring of 32 is recycled where one rank has them."""
+ROW_SHARES = narrow(2, (150,), activation_granularity=128)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    ("case", "ring"),
+    [
+        (narrow(40, (90,)), 32),
+        (narrow(40, (90,)), None),
+        (CROWDED, None),
+        (ROW_SHARES, None),
+        (narrow(2, (150,)), None),
+        (narrow(6, (0, 9, 70), topk=3, silu="precise", clamp=None), None),
+    ],
+    ids=["recycled", "full", "ranks", "per128", "rows", "uneven"],
+)
+def test_no_interleaving_changes_a_bit(case: Case, ring: int | None, seed: int) -> None:
+    proof(case, ring, seed=seed, blocks=1 + seed % 3)
+
+
+def test_a_role_that_waits_in_vain_says_so() -> None:
+    def nobody_pulls(text: str) -> str:
+        return replaced(
+            text, "else if (const u32 warp = threadIdx.x / 32; warp >= 1", "else if (const u32 warp = 9; warp < 1"
+        )
+
+    with pytest.raises(emulator.EmulationError, match=r"waited for rows of a pool block: expected \d+, saw 0"):
+        proof(narrow(2, (3,)), change=nobody_pulls, timeout_steps=200_000)
+
+
+# --- faults -----------------------------------------------------------------------------------------------------------
+
+
+def replaced(text: str, old: str, new: str) -> str:
+    assert text.count(old) == 1, f"{text.count(old)} places read {old!r}; a fault needs one"
+    return text.replace(old, new)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What is changed in the sources, and where it has to show."""
+
+    id: str
+    old: str
+    new: str
+    check: str
+    """How the conviction begins: a stage, 'y', 'stats'; 'deadlock', 'no end', 'an mbarrier' for runs that go wrong."""
+    case: Case = SMOKE[1]
+    ring: int | None = None
+    seeds: int = 1
+
+
+RECYCLED = {"case": narrow(40, (90,)), "ring": 32, "seeds": 12}
+FAULTS = (
+    Fault("group-size", "factor = pow2(-e)", "factor = pow2(-e - 1)", "l2_acts"),
+    Fault("scale-stride", "* shape.ring_rows, kBlockM * 4, full", "* kBlockM, kBlockM * 4, full", "l2_acts"),
+    Fault("scale-kind", "((scaled & 0x7FFFFF) != 0 ? 1 : 0)", "0", "l2_acts"),
+    Fault("clamp-form", "gate = fminf(gate, p.clamp);", "gate = fmaxf(fminf(gate, p.clamp), -p.clamp);", "l2_acts"),
+    Fault("weight-slot", "[row] = r.at<float>(source, l.topk_weights)[entry]", "[row] = 1.0f", "l2_acts"),
+    Fault("mask", "if (topk_idx[entry] >= 0) visit", "if (topk_idx[entry] > 0) visit", "a routed row"),
+    Fault("metadata", "return slot * p.shape.capacity + token;", "return slot * p.shape.capacity;", "a routed row"),
+    Fault("tail-row", "row_in_block + 8 * half < rows", "row_in_block + 8 * half + 1 < rows", "slots"),
+    Fault("stats", "r.own.stats[e] += ", "r.own.stats[e] = ", "stats of the second launch"),
+    Fault("combine", "sum[i][j] += __uint", "sum[i][j] = sum[i][j] * 0.5f + __uint", "y"),
+    Fault("expert-tail", "u32 low = 0, high = experts;", "u32 low = 0, high = experts - 1;", "a routed row"),
+    Fault("no-promotion", "acc[i], sum[i]);", "acc[i], acc[i]);", "l2_acts"),
+    Fault("dirty-workspace", "if (first == 0) r.workspace().tiles_taken = 0;", "", ""),
+    Fault("task-lost", "tile = scheduler::next_tile(r);", "tile = scheduler::next_tile(r) + 1;", ""),
+    Fault("parity", "wait_stage(r, &s.handover.wanted, i & 1)", "wait_stage(r, &s.handover.wanted, 0)", ""),
+    Fault("registers", "more_registers<224>", "more_registers<232>", "deadlock"),
+    Fault("registers-back-early", "ptx::named_barrier<2, kThreads>();\n        ptx::more", "ptx::more", "", seeds=6),
+    Fault("stage-early", "release(used);\n                    used = empty;", "release(empty);", "", seeds=12),
+    Fault("rows-early", "barrier::kBlockRows, task.rows);", "barrier::kBlockRows, 1);", "", narrow(2, (60,)), seeds=12),
+    Fault("columns-early", "kBlockL1Tiles, scheduler::l1_columns(r.p.shape));", "kBlockL1Tiles, 1);", "", seeds=12),
+    Fault("ring-acts-early", "if (block < r.p.shape.ring_blocks) return true;", "return true;", "", **RECYCLED),
+    Fault("store-early", "ptx::bulk_store_wait();", "", "", narrow(2, (60,)), seeds=12),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.id)
+def test_a_fault_in_the_sources_is_convicted(fault: Fault) -> None:
+    problem = prepared(fault.case)
+    for seed in range(fault.seeds):
+        run = emulator.Run(seed=seed, change=changed(fault), timeout_steps=3_000_000, most_steps=8_000_000)
+        try:
+            prove(EmulatedAdapter(fault.ring, run), *problem)
+        except (Convicted, emulator.EmulationError, AssertionError) as error:
+            said = str(error)
+            print(f"{fault.id}: seed {seed}: {said[:200]}")
+            assert fault.check in said
+            return
+    pytest.fail(f"{fault.id} was not seen with {fault.seeds} seeds")
+
+
+def changed(fault: Fault) -> Callable[[str], str]:
+    return lambda text: replaced(text, fault.old, fault.new)
+
+
+def test_the_faults_are_in_sources_that_pass() -> None:
+    for case, ring in {(fault.case, fault.ring) for fault in FAULTS}:
+        proof(dataclasses.replace(case), ring)
