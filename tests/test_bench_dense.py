@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from kernel import __main__ as cli
 from kernel.bench import dense_rows
 from kernel.bench.timer import WARM_UPS, Timer
-from kernel.build import FOLDER, EnvironmentMissing
+from kernel.build import EnvironmentMissing
 
 FIELDS = ["group", "m", "n", "k", "us", "tflops", "cublaslt_us", "cublaslt_tflops"]
 
@@ -35,11 +35,8 @@ def test_what_names_the_clock() -> None:
     assert "8 GiB of memset before each, median of 20 after 3" in dense_rows.what(20)
 
 
-def test_default_sizes_are_valid_and_those_of_the_result() -> None:
+def test_default_sizes_are_valid() -> None:
     assert [dense_rows.parse_size("x".join(map(str, size))) for size in dense_rows.SIZES] == list(dense_rows.SIZES)
-    rows = json.loads((FOLDER / "results" / "dense.json").read_text())["rows"]
-    assert {(row["m"], row["n"], row["k"]) for row in rows} <= set(dense_rows.SIZES)
-    assert {row["group"] for row in rows} == set(dense_rows.GROUPS)
 
 
 class FakeEvent:
@@ -73,7 +70,7 @@ def test_calls_take_turns_and_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its fields are those of the committed one."""
+    """Its fields are those that `tests/meta/test_results.py` wants of a committed one, and those of a run."""
     monkeypatch.setattr(dense_rows, "require_device", lambda: SimpleNamespace(name="fake", driver="0"))
     monkeypatch.setattr(dense_rows, "rows", lambda size, repeats: iter([dense_rows.dense_row(128, size, 10.0, 9.0)]))
     path = tmp_path / "dense.json"
@@ -81,7 +78,7 @@ def test_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert status == 0, text
     assert "128x256x384 per 128: 10.0 us, 3 TFLOP/s; cuBLASLt 9.0 us, 3 TFLOP/s" in text
     found = json.loads(path.read_text())
-    assert set(json.loads((FOLDER / "results" / "dense.json").read_text())) == set(found)
+    assert set(found) == {"what", "device", "driver", "versions", "date", "sources_sha256", "rows"}
     assert [list(row) for row in found["rows"]] == [FIELDS]
 
 
