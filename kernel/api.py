@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernel import arguments, build
-from kernel.config import BOX_ROWS, THREADS, TURN_N, ConfigError, Problem, shared_bytes
+from kernel import arguments, build, params
+from kernel.config import THREADS, ConfigError, Problem, shared_bytes
 from kernel.launch import Library, require_device, tensor_map
-from kernel.params import SHAPE_FIELDS, KernelShape, Layout, Params, RankParams, Swiglu
+from kernel.params import KernelShape, Layout, Params, RankParams, Swiglu
 from kernel.symm import COUNTERS, KernelTimeout, RankViews, SymmBuffer, VirtualGroup, local_group
 from quant.cast import interleave_gate_up
 from quant.recipe import Recipe
@@ -53,10 +53,14 @@ MAX_PLANS = 256
 """Launch plans that a buffer keeps: more than a model has layers, of 5 KB each."""
 
 
+def defines(granularity: int) -> dict[str, int]:
+    """The macros of the kernel's sources, which assert the sizes."""
+    return {"SHARED_BYTES": shared_bytes(), "PARAMS_BYTES": ctypes.sizeof(Params), "GRANULARITY": granularity}
+
+
 def compile_moe(granularity: int = 64) -> build.Built:
     """The gated cubin for one of `config.GRANULARITIES`; needs NVRTC but no GPU."""
-    sizes = {"SHARED_BYTES": shared_bytes(), "PARAMS_BYTES": ctypes.sizeof(Params), "GRANULARITY": granularity}
-    built = build.build(SOURCES, ENTRIES, defines=sizes)
+    built = build.build(SOURCES, ENTRIES, defines=defines(granularity))
     build.gate(built)
     return built
 
@@ -250,11 +254,10 @@ class _Plan:
         self.shared = shared_bytes()
         self.params = Params.from_buffer_copy(buffer.template)
         self.grid = self.params.blocks_per_rank * buffer.problem.ranks
-        self.params.swiglu = Swiglu(recipe.clamp or 0.0, recipe.clamp is not None)
+        self.params.swiglu = params.swiglu_of(recipe)
         self.ranks = [self.params.rank[rank] for rank in range(buffer.problem.ranks)]
-        for own, (w1, w1_sf), (w2, w2_sf) in zip(self.ranks, l1s, l2s, strict=True):
-            own.w1, own.w2 = _map(w1.view(-1, w1.shape[2]), TURN_N), _map(w2.view(-1, w2.shape[2]), TURN_N)
-            own.w1_sf, own.w2_sf = w1_sf.data_ptr(), w2_sf.data_ptr()
+        for own, l1, l2 in zip(self.ranks, l1s, l2s, strict=True):
+            params.set_weights(own, l1, l2, _map)
         self.weights, self.outputs = _Judged([]), _Judged([])
         """The weights, at this plan's addresses; y and stats, where `places` says."""
         self.places: list | None = None
@@ -262,8 +265,7 @@ class _Plan:
 
     def patch(self, ys: Any, stats: Any) -> None:
         for own, y, counts in zip(self.ranks, ys, stats, strict=True):
-            own.y, own.tokens = y.data_ptr(), y.shape[0]
-            own.stats = None if counts is None else counts.data_ptr()
+            params.set_outputs(own, y, counts)
 
     def launch(self) -> None:
         if torch.cuda.current_device() != self.device:
@@ -278,18 +280,8 @@ def _template(buffer: SymmBuffer) -> Params:
     problem, sms = buffer.problem, require_device(buffer.device.index).sms
     if sms < problem.ranks:
         raise ConfigError(f"group has {problem.ranks} ranks; there must be an SM for each, and the device has {sms}")
-    params = Params(
-        layout=Layout(**buffer.offsets),
-        shape=KernelShape(**{name: getattr(problem, name) for name in SHAPE_FIELDS}),
-        blocks_per_rank=sms // problem.ranks,
-        status=buffer.status.data_ptr(),
-    )
-    for rank in range(problem.ranks):
-        views = buffer.rank(rank)
-        params.buffer[rank] = views.storage.data_ptr()
-        params.rank[rank].l1_acts = _map(views.l1_acts, BOX_ROWS)
-        params.rank[rank].l2_acts = _map(views.l2_acts, BOX_ROWS)
-    return params
+    views = [buffer.rank(rank) for rank in range(problem.ranks)]
+    return params.of_problem(problem, views, sms // problem.ranks, buffer.status, _map)
 
 
 def _map(matrix: Tensor, box_rows: int) -> Any:

@@ -84,9 +84,13 @@ def build(
     `entries` are kernel names that must be in it; `options` go to ptxas beside -v; `defines` are macros.
     Raises BuildError with the compiler's log, EnvironmentMissing without NVRTC.
     """
-    paths = [FOLDER / source for source in sources]
-    seen: set[Path] = set()
-    return build_text("".join(_inlined(path, seen) for path in paths), entries, options, defines, cache)
+    return build_text(joined(sources), entries, options, defines, cache)
+
+
+def joined(sources: Iterable[str | Path], without: Iterable[str] = ()) -> str:
+    """The text that is compiled: source files in order, included ones in their places but for those named `without`."""
+    seen = {(FOLDER / name).resolve() for name in without}
+    return "".join(_inlined(FOLDER / source, seen) for source in sources)
 
 
 def build_text(

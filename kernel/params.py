@@ -1,12 +1,22 @@
-"""The structs of params.cuh and swiglu.cuh in ctypes: the one argument of the fused kernel."""
+"""The structs of params.cuh and swiglu.cuh in ctypes: the one argument of the fused kernel, and how it is filled."""
 
 from __future__ import annotations
 
 import ctypes
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
-from kernel.config import MAX_RANKS
+from torch import Tensor
+
+from kernel.config import BOX_ROWS, MAX_RANKS, TURN_N, Problem
 from kernel.launch import TensorMap
+from quant.recipe import Recipe
+
+if TYPE_CHECKING:
+    from kernel.symm import RankViews
+
+Encode = Callable[[Tensor, int], TensorMap]
+"""(matrix [rows, columns] of bytes, rows of a box) -> the map that TMA reads: the driver's, or the emulator's."""
 
 
 def _struct(name: str, *fields: tuple[str, Any]) -> type[ctypes.Structure]:
@@ -43,3 +53,36 @@ Params = _struct(
     ("timeout_ns", ctypes.c_uint64),
     ("status", ctypes.c_void_p),
 )
+
+
+def of_problem(problem: Problem, views: Sequence[RankViews], blocks: int, status: Tensor, encode: Encode) -> Params:
+    """What all launches on one buffer share: layout, shape, where each rank's memory is. blocks: of a rank."""
+    params = Params(
+        layout=Layout(**problem.offsets()[0]),
+        shape=KernelShape(**{name: getattr(problem, name) for name in SHAPE_FIELDS}),
+        blocks_per_rank=blocks,
+        status=status.data_ptr(),
+    )
+    for rank, own in enumerate(views):
+        params.buffer[rank] = own.storage.data_ptr()
+        params.rank[rank].l1_acts = encode(own.l1_acts, BOX_ROWS)
+        params.rank[rank].l2_acts = encode(own.l2_acts, BOX_ROWS)
+    return params
+
+
+def swiglu_of(recipe: Recipe) -> Swiglu:
+    """The clamp of a recipe."""
+    return Swiglu(recipe.clamp or 0.0, recipe.clamp is not None)
+
+
+def set_weights(own: RankParams, l1: tuple[Tensor, Tensor], l2: tuple[Tensor, Tensor], encode: Encode) -> None:
+    """One rank's transformed (codes [E_loc, N, K], scales) of W1 and W2."""
+    (w1, w1_sf), (w2, w2_sf) = l1, l2
+    own.w1, own.w2 = (encode(w.view(-1, w.shape[2]), TURN_N) for w in (w1, w2))
+    own.w1_sf, own.w2_sf = w1_sf.data_ptr(), w2_sf.data_ptr()
+
+
+def set_outputs(own: RankParams, y: Tensor, counts: Tensor | None) -> None:
+    """One rank's y, whose rows are its tokens, and its statistics."""
+    own.y, own.tokens = y.data_ptr(), y.shape[0]
+    own.stats = None if counts is None else counts.data_ptr()

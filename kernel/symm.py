@@ -20,6 +20,13 @@ COUNTERS = {
 """`Counter` of barrier.cuh, in words."""
 
 
+def waited(status: Tensor) -> str | None:
+    """What a `Status` of params.cuh says: who waited in vain and for what; None where nobody did."""
+    flag, rank, block, counter, expected, seen, *_ = status.tolist()
+    what = COUNTERS.get(counter, "nothing known")
+    return f"rank {rank}, block {block} waited for {what}: expected {expected}, saw {seen}" if flag else None
+
+
 class KernelTimeout(RuntimeError):
     """A role waited longer than the timeout; the message says who, for what, and what it saw."""
 
@@ -122,10 +129,8 @@ class SymmBuffer:
         """
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        flag, rank, block, counter, expected, seen, *_ = self.status.tolist()
-        if flag:
+        if said := waited(self.status):
             self.status.zero_()
             for views in self._ranks:
                 views.storage[self.offsets["rank_counter"] : self.offsets["l1_acts"]].zero_()
-            what = COUNTERS.get(counter, "nothing known")
-            raise KernelTimeout(f"rank {rank}, block {block} waited for {what}: expected {expected}, saw {seen}")
+            raise KernelTimeout(said)

@@ -10,7 +10,6 @@ import functools
 import re
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -61,8 +60,7 @@ STUCK = Delay("pull", 2_000_000, "blockIdx.x == 0", "first_block")
 
 def source(delay: Delay) -> str:
     """The kernel's sources, joined, with the wait in them."""
-    seen: set[Path] = set()
-    text = "".join(build._inlined(build.FOLDER / name, seen) for name in api.SOURCES)
+    text = build.joined(api.SOURCES)
     head = rf"\b(?:void|bool) {delay.function}\([^;{{}}]*\) \{{"
     found = len(re.findall(head, text))
     assert found == 1, f"{found} functions are called {delay.function}; one has to be"

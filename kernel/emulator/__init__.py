@@ -21,17 +21,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernel import build
-from kernel.api import SOURCES
-from kernel.config import ALIGNMENT, BOX_ROWS, THREADS, TURN_N, Problem, shared_bytes
+from kernel import api, build, params
+from kernel.config import ALIGNMENT, THREADS, Problem, shared_bytes
 from kernel.launch import TensorMap
-from kernel.params import SHAPE_FIELDS, KernelShape, Layout, Params, Swiglu
-from kernel.symm import COUNTERS, RankViews
+from kernel.symm import RankViews, waited
 from quant import tables
 from quant.recipe import Recipe
 
 FOLDER = Path(__file__).parent
 LAUNCH_REGISTERS = 168
+"""Of a thread, as `kernel build` reports them; the pool of a block is as many times its threads."""
 MOST_STEPS = 50_000_000
 """Of the scheduler, in which a launch has to end; small layers take about a million."""
 
@@ -60,8 +59,7 @@ def source(granularity: int = 64, change: Callable[[str], str] = unchanged) -> s
     steps = (
         steps[: steps.index("struct ChainParams")] + steps[steps.index("__device__ __forceinline__ void decode_term") :]
     )
-    seen: set[Path] = {(build.FOLDER / "ptx.cuh").resolve()}
-    kernel = change("".join(build._inlined(build.FOLDER / name, seen) for name in SOURCES))
+    kernel = change(build.joined(api.SOURCES, without=["ptx.cuh"]))
     kernel = re.sub(r"^#line .*$", "", kernel, flags=re.MULTILINE)
     kernel, words = re.subn(
         r"__shared__ u32 ([\w, ]+);",
@@ -75,14 +73,9 @@ def source(granularity: int = 64, change: Callable[[str], str] = unchanged) -> s
         r"extern __shared__ .*? u8 shared\[\];", "u8* shared = emu::machine->current->block->shared.get();", kernel
     )
     assert (words, dynamic) == (1, 1), "shared variables of the kernel are not those that the emulator knows"
-    defines = {
-        "SHARED_BYTES": shared_bytes(),
-        "PARAMS_BYTES": ctypes.sizeof(Params),
-        "GRANULARITY": granularity,
-    }
     return "\n".join(
         [
-            *(f"#define {name} {value}" for name, value in defines.items()),
+            *(f"#define {name} {value}" for name, value in api.defines(granularity).items()),
             (FOLDER / "machine.hpp").read_text(),
             "inline float __fmaf_rn(float a, float b, float c) { return __builtin_fmaf(a, b, c); }",
             "inline float __fdiv_rn(float a, float b) { return a / b; }",
@@ -183,6 +176,7 @@ class Run:
     timeout_steps: int = MOST_STEPS
     """How long a role waits, in steps of the scheduler."""
     most_steps: int = MOST_STEPS
+    """In which the launch has to end."""
 
 
 def launch(
@@ -198,25 +192,14 @@ def launch(
     Raises EmulationError.
     """
     problem = own.problem
-    params = Params(
-        layout=Layout(**problem.offsets()[0]),
-        shape=KernelShape(**{name: getattr(problem, name) for name in SHAPE_FIELDS}),
-        swiglu=Swiglu(recipe.clamp or 0.0, recipe.clamp is not None),
-        blocks_per_rank=run.blocks,
-        status=own.status.data_ptr(),
-        timeout_ns=1000 * run.timeout_steps,
-    )
-    for rank, (views, (l1, l2), y, counts) in enumerate(zip(own.ranks, weights, ys, stats, strict=True)):
-        (w1, w1_sf), (w2, w2_sf) = l1, l2
-        params.buffer[rank] = views.storage.data_ptr()
-        mine = params.rank[rank]
-        mine.l1_acts, mine.l2_acts = _map(views.l1_acts, BOX_ROWS), _map(views.l2_acts, BOX_ROWS)
-        mine.w1, mine.w2 = _map(w1.view(-1, w1.shape[2]), TURN_N), _map(w2.view(-1, w2.shape[2]), TURN_N)
-        mine.w1_sf, mine.w2_sf = w1_sf.data_ptr(), w2_sf.data_ptr()
-        mine.y, mine.stats, mine.tokens = y.data_ptr(), counts.data_ptr(), y.shape[0]
+    packed = params.of_problem(problem, own.ranks, run.blocks, own.status, _map)
+    packed.swiglu, packed.timeout_ns = params.swiglu_of(recipe), 1000 * run.timeout_steps
+    for mine, (l1, l2), y, counts in zip(packed.rank, weights, ys, stats):  # noqa: B905  Params has room for more ranks
+        params.set_weights(mine, l1, l2, _map)
+        params.set_outputs(mine, y, counts)
     rcp, ex2 = (np.ascontiguousarray(tables.load(name).numpy()) for name in tables.NAMES)
     said = library(source(recipe.activation_granularity, run.change)).emulate(
-        ctypes.byref(params),
+        ctypes.byref(packed),
         ctypes.c_int(recipe.silu == "fast"),
         *map(ctypes.c_uint, (run.blocks * problem.ranks, THREADS, shared_bytes(), LAUNCH_REGISTERS, run.seed)),
         ctypes.c_ulonglong(run.most_steps),
@@ -224,7 +207,5 @@ def launch(
     )
     if said:
         raise EmulationError(f"seed {run.seed}: {said.decode()}")
-    flag, rank, block, counter, expected, seen, *_ = own.status.tolist()
-    if flag:
-        waited = f"rank {rank}, block {block} waited for {COUNTERS.get(counter)}"
-        raise EmulationError(f"seed {run.seed}: {waited}: expected {expected}, saw {seen}")
+    if in_vain := waited(own.status):
+        raise EmulationError(f"seed {run.seed}: {in_vain}")
