@@ -1,6 +1,6 @@
 // A GPU for the kernel's own sources, on a CPU: every CUDA thread is a fiber, all of them share one thread of the host, and
 // a seeded scheduler decides who goes on and when an asynchronous copy lands. The same seed gives the same run. Under odd
-// seeds a quarter of the warps is slow, so that roles and blocks drift apart.
+// seeds a quarter of the warps or half of the blocks is slow, so that roles and blocks drift apart.
 //
 // What it models: warps that meet at collectives, barriers of a block, mbarriers with transaction bytes, the register pool
 // of setmaxnreg, copies that land late and in any order, wgmma that reads its operands only when it is waited for. What it
@@ -260,7 +260,9 @@ inline std::string run(Kernel entry, const void* params, uint32_t grid, uint32_t
         block->shared.reset(static_cast<uint8_t*>(aligned_alloc(1024, (shared + 1023) / 1024 * 1024)));
         memset(block->shared.get(), 0xFF, shared);
         block->warps.resize(threads / 32);
-        for (Warp& each : block->warps) each.registers = registers, each.slowness = seed % 2 && own.random() % 4 == 0 ? 100 : 1;
+        const bool slow = seed % 4 == 3 && own.random() % 2 == 0;
+        for (Warp& each : block->warps)
+            each.registers = registers, each.slowness = slow ? 500 : seed % 4 == 1 && own.random() % 4 == 0 ? 100 : 1;
         own.blocks.push_back(std::move(block));
     }
     uint8_t* stacks = static_cast<uint8_t*>(mmap(nullptr, kStack * grid * threads, PROT_READ | PROT_WRITE,
