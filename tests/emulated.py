@@ -22,7 +22,6 @@ from tests import inputs
 from tests.cases import Case
 from tests.kernel_proof import Proof, prove
 
-
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
