@@ -26,20 +26,16 @@ from typing import Any
 
 import pytest
 
+from tests.verdicts import OUT_OF_MEMORY, REPRODUCE, Verdicts, out_of_memory, skip_reason
+
 ROOT = Path(__file__).resolve().parent
 MAX_RANKS = 72
 """The largest number of ranks that the kernel's interface allows."""
 EXIT_ENVIRONMENT = 3
-REPRODUCE = "reproduce with"
-"""Title of the line that ends every failure."""
 DEFAULT_KERNEL = "kernel.adapters:default"
 """As kernel.adapters.DEFAULT, which needs torch."""
-KERNEL_PROPERTY = "kernel"
-"""Property of a test that compared a kernel with the reference."""
 NOT_CLAIMED = "not claimed"
 """Start of the skip of a recipe that an adapter says it can't run: a statement about the kernel, not a missing GPU."""
-OUT_OF_MEMORY = "out of GPU memory, which says nothing about the kernel: fewer workers (-n), or a GPU that is free"
-"""Note of an error that is not the kernel's."""
 CHOOSES_DISTRIBUTION = pytest.StashKey[bool]()
 """Whether the command line says how pytest-xdist distributes tests."""
 SEED_BITS = 64
@@ -150,7 +146,7 @@ def pytest_configure(config: pytest.Config) -> None:
             pytest.exit(
                 f"--world processes with {needed} ranks needs {needed} GPUs, found {gpus}; {advice}", EXIT_ENVIRONMENT
             )
-    config.pluginmanager.register(Verdicts(config), "megaproof-verdicts")
+    config.pluginmanager.register(Verdicts(config, DEFAULT_KERNEL), "megaproof-verdicts")
 
 
 def _check_kernel(spec: str) -> None:
@@ -284,17 +280,6 @@ def _python(root: Path) -> str:
     return next((name for name in ("python", "python3") if shutil.which(name) == sys.executable), sys.executable)
 
 
-def _out_of_memory(error: BaseException | None) -> bool:
-    """Whether torch ran out of GPU memory: this error, or one that it came from."""
-    torch, seen = sys.modules.get("torch"), set()
-    while torch and error and id(error) not in seen:
-        if isinstance(error, torch.OutOfMemoryError):
-            return True
-        seen.add(id(error))
-        error = error.__cause__ or error.__context__
-    return False
-
-
 def _reproduce(item: pytest.Item | pytest.Collector) -> str:
     option, case = item.config.option, _case(item) if isinstance(item, pytest.Item) else None
     command = f"{shlex.quote(_python(item.config.rootpath))} -m pytest {shlex.quote(item.nodeid)}"
@@ -314,14 +299,14 @@ def _reproduce(item: pytest.Item | pytest.Collector) -> str:
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    if call.excinfo and _out_of_memory(call.excinfo.value):
+    if call.excinfo and out_of_memory(call.excinfo.value):
         call.excinfo.value.add_note(OUT_OF_MEMORY)
     report = yield
     expected = hasattr(report, "wasxfail")
     gpu_skip = report.skipped and not expected and item.get_closest_marker("gpu")
-    if gpu_skip and item.config.option.require_gpu and not _skip_reason(report).startswith(NOT_CLAIMED):
+    if gpu_skip and item.config.option.require_gpu and not skip_reason(report).startswith(NOT_CLAIMED):
         report.outcome = "failed"
-        report.longrepr = f"skipped under --require-gpu: {_skip_reason(report)}"
+        report.longrepr = f"skipped under --require-gpu: {skip_reason(report)}"
     if report.failed:
         line = _reproduce(item)
         report.sections.append((REPRODUCE, line))
@@ -337,66 +322,6 @@ def pytest_make_collect_report(
     if report.failed:
         report.sections.append((REPRODUCE, _reproduce(collector)))
     return report
-
-
-def _skip_reason(report: pytest.TestReport | pytest.CollectReport) -> str:
-    text = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
-    return text.removeprefix("Skipped: ")
-
-
-class Verdicts:
-    """What a whole run amounts to. With pytest-xdist the controller sees the reports of all workers."""
-
-    def __init__(self, config: pytest.Config) -> None:
-        self.compared = 0
-        self.kernel = config.option.kernel
-        self.kernel_proofs = 0
-        self.skips: Counter[str] = Counter()
-        self.failures: list[str] = []
-        self.is_worker = hasattr(config, "workerinput")
-        self.runs_tests = not config.option.collectonly
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.skipped and not hasattr(report, "wasxfail"):
-            self.skips[_skip_reason(report)] += 1
-        elif report.failed or (report.passed and report.when == "call"):
-            self.compared += 1
-            self.kernel_proofs += report.failed or KERNEL_PROPERTY in dict(report.user_properties)
-        self._note_failure(report)
-
-    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
-        if report.skipped:
-            self.skips[f"{_skip_reason(report)} (a whole {'file' if report.nodeid.endswith('.py') else 'group'})"] += 1
-        self._note_failure(report)
-
-    def _note_failure(self, report: pytest.TestReport | pytest.CollectReport) -> None:
-        self.failures += [line for name, line in report.sections if name == REPRODUCE]
-
-    @pytest.hookimpl(trylast=True)
-    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
-        if exitstatus == pytest.ExitCode.OK and self.runs_tests and not self.is_worker and self._unproven():
-            session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED
-
-    def _unproven(self) -> str:
-        """Why a run without a failure proves nothing, or ''."""
-        if not self.compared:
-            return "No test passed or failed"
-        named = self.kernel != DEFAULT_KERNEL
-        return f"No proof of --kernel {self.kernel} ran" if named and not self.kernel_proofs else ""
-
-    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-        write = terminalreporter.write_line
-        if self.skips:
-            terminalreporter.section("skipped, by reason")
-            for reason, count in self.skips.most_common():
-                write(f"{count:5d}  {reason}")
-        if self.failures and "no" in (config.option.tbstyle, config.option.showcapture):  # the tracebacks hid them
-            terminalreporter.section(REPRODUCE)
-            for line in self.failures:
-                write(line)
-        if self.runs_tests and (reason := self._unproven()):
-            terminalreporter.section("nothing was compared")
-            write(f"{reason}, so nothing is proven: this is not green (exit status 5).")
 
 
 # ---- Header ----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,86 @@
+"""What a whole run amounts to: counts, skips by reason, when a run without a failure is not green. Needs no torch."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+
+import pytest
+
+REPRODUCE = "reproduce with"
+"""Title of the line that ends every failure."""
+KERNEL_PROPERTY = "kernel"
+"""Property of a test that compared a kernel with the reference."""
+OUT_OF_MEMORY = "out of GPU memory, which says nothing about the kernel: fewer workers (-n), or a GPU that is free"
+"""Note of an error that is not the kernel's."""
+
+
+def out_of_memory(error: BaseException | None) -> bool:
+    """Whether torch ran out of GPU memory: this error, or one that it came from."""
+    torch, seen = sys.modules.get("torch"), set()
+    while torch and error and id(error) not in seen:
+        if isinstance(error, torch.OutOfMemoryError):
+            return True
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def skip_reason(report: pytest.TestReport | pytest.CollectReport) -> str:
+    text = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    return text.removeprefix("Skipped: ")
+
+
+class Verdicts:
+    """What a whole run amounts to. With pytest-xdist the controller sees the reports of all workers."""
+
+    def __init__(self, config: pytest.Config, default_kernel: str) -> None:
+        self.compared = 0
+        self.kernel = config.option.kernel
+        self.named = self.kernel != default_kernel
+        self.kernel_proofs = 0
+        self.skips: Counter[str] = Counter()
+        self.failures: list[str] = []
+        self.is_worker = hasattr(config, "workerinput")
+        self.runs_tests = not config.option.collectonly
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.skipped and not hasattr(report, "wasxfail"):
+            self.skips[skip_reason(report)] += 1
+        elif report.failed or (report.passed and report.when == "call"):
+            self.compared += 1
+            self.kernel_proofs += report.failed or KERNEL_PROPERTY in dict(report.user_properties)
+        self._note_failure(report)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.skipped:
+            self.skips[f"{skip_reason(report)} (a whole {'file' if report.nodeid.endswith('.py') else 'group'})"] += 1
+        self._note_failure(report)
+
+    def _note_failure(self, report: pytest.TestReport | pytest.CollectReport) -> None:
+        self.failures += [line for name, line in report.sections if name == REPRODUCE]
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        if exitstatus == pytest.ExitCode.OK and self.runs_tests and not self.is_worker and self._unproven():
+            session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED
+
+    def _unproven(self) -> str:
+        """Why a run without a failure proves nothing, or ''."""
+        if not self.compared:
+            return "No test passed or failed"
+        return f"No proof of --kernel {self.kernel} ran" if self.named and not self.kernel_proofs else ""
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+        write = terminalreporter.write_line
+        if self.skips:
+            terminalreporter.section("skipped, by reason")
+            for reason, count in self.skips.most_common():
+                write(f"{count:5d}  {reason}")
+        if self.failures and "no" in (config.option.tbstyle, config.option.showcapture):  # the tracebacks hid them
+            terminalreporter.section(REPRODUCE)
+            for line in self.failures:
+                write(line)
+        if self.runs_tests and (reason := self._unproven()):
+            terminalreporter.section("nothing was compared")
+            write(f"{reason}, so nothing is proven: this is not green (exit status 5).")
