@@ -8,20 +8,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 from kernel import __main__ as cli
 from kernel.bench import dense_rows
 from kernel.bench.timer import WARM_UPS, Timer
 from kernel.build import EnvironmentMissing
+from tests import command_line
 
 FIELDS = ["group", "m", "n", "k", "us", "tflops", "cublaslt_us", "cublaslt_tflops"]
 
 
 def invoke(*arguments: str) -> tuple[int, str]:
     """(exit status, all output) of `python -m kernel dense`."""
-    result = CliRunner().invoke(cli.app, ("dense", *arguments), env={"COLUMNS": "240", "NO_COLOR": "1", "TERM": "dumb"})
-    return result.exit_code, result.output
+    return command_line.invoke(cli.app, "dense", *arguments)
 
 
 def test_a_row_by_hand() -> None:
@@ -95,9 +94,7 @@ def test_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
 def test_usage(arguments: tuple[str, ...], message: str) -> None:
-    status, text = invoke(*arguments)
-    assert status == 2
-    assert message in " ".join(text.replace("│", " ").split())
+    command_line.assert_usage(invoke(*arguments), message)
 
 
 def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

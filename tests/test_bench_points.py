@@ -8,7 +8,6 @@ import pytest
 import typer
 from hypothesis import given
 from hypothesis import strategies as st
-from typer.testing import CliRunner
 
 from kernel import config
 from kernel.bench import command, points, profiling, sweep
@@ -16,6 +15,7 @@ from kernel.bench.points import PEERS, Options, UsageError
 from kernel.build import EnvironmentMissing
 from kernel.roofline import RANKS
 from quant.recipe import SHAPES, Shape
+from tests import command_line
 
 FLASH = {"dsv4_flash": SHAPES["dsv4_flash"]}
 CUSTOM = ("--hidden", "512", "--intermediate", "256", "--experts", "16", "--topk", "4")
@@ -25,8 +25,7 @@ APP.command("bench")(command.bench_command)
 
 def invoke(*arguments: str) -> tuple[int, str]:
     """(exit status, all output); wide and without colour, so that an option's name is in one piece."""
-    result = CliRunner().invoke(APP, arguments, env={"COLUMNS": "240", "NO_COLOR": "1", "TERM": "dumb"})
-    return result.exit_code, result.output
+    return command_line.invoke(APP, *arguments)
 
 
 def test_defaults_are_powers_of_two_and_the_peers() -> None:
@@ -162,9 +161,7 @@ def test_help_names_every_option() -> None:
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
 def test_usage(arguments: tuple[str, ...], message: str) -> None:
-    status, text = invoke(*arguments)
-    assert status == 2
-    assert message in " ".join(text.replace("│", " ").split())
+    command_line.assert_usage(invoke(*arguments), message)
 
 
 def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

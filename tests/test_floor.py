@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 
 import pytest
-from typer.testing import CliRunner
 
 from kernel import __main__ as cli
 from kernel import build, floor, roofline
@@ -13,6 +12,7 @@ from kernel.bench.points import PEERS
 from kernel.roofline import CEILING_TFLOPS, CHIPS, READ_GB_S, Load
 from quant.recipe import SHAPES
 from reference import scheduler
+from tests import command_line
 
 PRESETS = list(PEERS["shapes"])
 FLASH = Load(4096, 2048, 8, 48, 25)
@@ -20,8 +20,7 @@ FLASH = Load(4096, 2048, 8, 48, 25)
 
 def invoke(*arguments: str) -> tuple[int, str]:
     """(exit status, all output) of `python -m kernel floor`."""
-    result = CliRunner().invoke(cli.app, ("floor", *arguments), env={"COLUMNS": "240", "NO_COLOR": "1", "TERM": "dumb"})
-    return result.exit_code, result.output
+    return command_line.invoke(cli.app, "floor", *arguments)
 
 
 @pytest.mark.parametrize("size", [10**6, 15 * 10**7, 10**9, 5 * 10**9])

@@ -10,20 +10,18 @@ from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 from kernel import __main__ as cli
 from kernel import api, build, phases, sass
 from quant.recipe import SHAPES
+from tests import command_line
 
 BLOCKS = 2
 
 
 def invoke(*arguments: str) -> tuple[int, str]:
     """(exit status, all output) of `python -m kernel phases`."""
-    environment = {"COLUMNS": "240", "NO_COLOR": "1", "TERM": "dumb"}
-    result = CliRunner().invoke(cli.app, ("phases", *arguments), env=environment)
-    return result.exit_code, result.output
+    return command_line.invoke(cli.app, "phases", *arguments)
 
 
 def clock_reads(cubin: bytes) -> int:

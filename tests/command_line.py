@@ -1,0 +1,22 @@
+"""Commands of the project as a shell would call them, in one process."""
+
+from __future__ import annotations
+
+import typer
+from typer.testing import CliRunner
+
+PLAIN = {"COLUMNS": "240", "NO_COLOR": "1", "TERM": "dumb"}
+"""Wide and without colour, so that an option's name is in one piece."""
+
+
+def invoke(app: typer.Typer, *arguments: str) -> tuple[int, str]:
+    """(exit status, all output)."""
+    result = CliRunner().invoke(app, arguments, env=PLAIN)
+    return result.exit_code, result.output
+
+
+def assert_usage(status_and_text: tuple[int, str], message: str) -> None:
+    """The command ended as usage errors do, and said this."""
+    status, text = status_and_text
+    assert status == 2
+    assert message in " ".join(text.replace("│", " ").split())
