@@ -41,22 +41,21 @@ __device__ __forceinline__ void moe(const Params& p) {
 
     // 56 + 2 x 224 = 3 x 168, what the block starts with: a sum above it would wait for ever. When all roles are done, all
     // have 168 again; before, a warp that is done early would take what a late math warp still has to get.
-    if (threadIdx.x < 128) {
+    const bool math = threadIdx.x >= 128;
+    if (math) {
+        ptx::more_registers<224>();
+        math::math_role<kFast>(r, s);
+    } else {
         ptx::fewer_registers<56>();
         if (threadIdx.x == 0) producer::producer_role(r, s);
         else if (const u32 warp = threadIdx.x / 32; warp >= 1 && warp <= kDispatchWarps)
             dispatch::pull(r, s.plan, s.transit[warp - 1], warp - 1, kDispatchWarps);
         else if (threadIdx.x == 96) producer::scout_role(r, s);
-        __syncwarp();  // producer and scout are one lane of their warps
-        ptx::named_barrier<2, kThreads>();
-        ptx::more_registers<168>();
-    } else {
-        ptx::more_registers<224>();
-        math::math_role<kFast>(r, s);
-        __syncwarp();
-        ptx::named_barrier<2, kThreads>();
-        ptx::fewer_registers<168>();
     }
+    __syncwarp();  // producer and scout are one lane of their warps
+    __syncthreads();
+    if (math) ptx::fewer_registers<168>();
+    else ptx::more_registers<168>();
 
     phase::mark(p, phase::kWait);
     if (!barrier::meet(r, [] {})) return;

@@ -107,7 +107,7 @@ class Fault:
 
 
 RACES = tuple(range(12))
-MEET = "ptx::named_barrier<2, kThreads>();\n        "
+MEET = "    __syncthreads();\n    if (math)"
 RECYCLED = {"case": narrow(60, (150,)), "ring": 32, "seeds": (0, 3, 7, 11, 15, 19, 23)}
 ANY_STAGE = "l1_acts|l2_acts|slots|y|written"
 NO_END = "deadlock|no end|rank "
@@ -128,8 +128,7 @@ FAULTS = (
     Fault("task-lost", "tile = scheduler::next_tile(r);", "tile = 1 + scheduler::next_tile(r);", NO_END),
     Fault("parity", "&s.handover.wanted, i & 1)", "&s.handover.wanted, 0)", NO_END),
     Fault("registers", "more_registers<224>", "more_registers<232>", "deadlock"),
-    Fault("registers-back-early", f"{MEET}ptx::more", "ptx::more", NO_END, narrow(2, (3, 0)), seeds=RACES,
-          also=(f"{MEET}ptx::fewer", "ptx::fewer")),
+    Fault("registers-back-early", MEET, "    if (math)", NO_END, narrow(2, (3, 0)), seeds=RACES),
     Fault("stage-early", "if (used) release(used);\n                    used = empty;", "release(empty);", ANY_STAGE,
           seeds=RACES, also=("        now = next;\n    }\n    release(used);", "        now = next;\n    }")),
     Fault("rows-early", "kBlockRows, task.rows);", "kBlockRows, 1);", ANY_STAGE, narrow(2, (60,)), seeds=RACES),
