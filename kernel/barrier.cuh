@@ -4,7 +4,7 @@
 
 namespace barrier {
 
-enum Counter : u32 { kGeneration = 1, kRanks = 2, kBlockRows = 3, kBlockL1Tiles = 4, kBlockL2Tiles = 5 };
+enum Counter : u32 { kGeneration = 1, kRanks = 2, kBlockRows = 3, kBlockL1Turns = 4, kBlockL2Turns = 5 };
 
 __device__ __forceinline__ bool failed(const Params& p) { return ptx::load_relaxed(&p.status->flag) != 0; }
 

@@ -18,7 +18,7 @@ DISPATCH_WARPS, TRANSIT_BYTES = 2, 4096
 BOX_ROWS = 32
 """Activation rows of one TMA box: a part-filled block loads only the boxes that hold rows."""
 TASKS = 8
-"""`kTasks` of storage.cuh: tasks, of five numbers each, that the producer of a block may be ahead."""
+"""`kTasks` of storage.cuh: tasks, of six numbers each, that the producer of a block may be ahead."""
 GROUP_BLOCKS = 16
 """`kGroupBlocks` of scheduler.cuh: pool blocks whose tiles of GEMM 2 come after GEMM 1's of the next so many."""
 RING_BLOCKS = 4 * GROUP_BLOCKS
@@ -59,7 +59,7 @@ def ring_bytes() -> int:
 
 def shared_bytes() -> int:
     """sizeof(SharedStorage) of storage.cuh: the ring, the plan, rows in transit."""
-    tasks = aligned(ring_bytes() + 4 * (3 * MAX_EXPERTS + 1) + TASKS * 5 * 4, 8) + 3 * 8
+    tasks = aligned(ring_bytes() + 4 * (3 * MAX_EXPERTS + 2) + TASKS * 6 * 4, 8) + 3 * 8
     return aligned(aligned(tasks, 128) + DISPATCH_WARPS * aligned(TRANSIT_BYTES + 8, 128))
 
 

@@ -85,10 +85,10 @@ __device__ __forceinline__ void pull_row(const layout::Rank& r, const scheduler:
 // warp stays together also where the launch has failed.
 __device__ __forceinline__ bool wait_free(const layout::Rank& r, u32 block) {
     if (block < r.p.shape.ring_blocks) return true;
-    const u32 expected = scheduler::l1_columns(r.p.shape);
+    const u32 expected = scheduler::l1_turns(r.p.shape);
     bool free = true;
     if (threadIdx.x % 32 == 0)
-        free = barrier::spin(r, r.block_l1_tiles() + block - r.p.shape.ring_blocks, barrier::kBlockL1Tiles, expected,
+        free = barrier::spin(r, r.block_l1_turns() + block - r.p.shape.ring_blocks, barrier::kBlockL1Turns, expected,
                              [&](u32 seen) { return seen >= expected; });
     __syncwarp();
     return __shfl_sync(0xFFFFFFFFu, static_cast<u32>(free), 0) != 0;

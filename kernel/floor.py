@@ -17,6 +17,7 @@ from kernel import config
 from kernel.bench import points
 from kernel.bench.load import ROUTINGS
 from kernel.roofline import CHIPS, RANKS, Chip, Load
+from reference.scheduler import l2_width
 
 if TYPE_CHECKING:
     from quant.recipe import Shape
@@ -57,8 +58,8 @@ class Tasks:
 def tasks(counts: list[int], hidden: int, intermediate: int, sms: int) -> Tasks:
     """counts: rows of each local expert."""
     blocks = sum(-(-rows // config.BLOCK_M) for rows in counts)
-    columns = (-(-n // config.BLOCK_N) for n in (2 * intermediate, hidden))
-    return Tasks(*(blocks * each for each in columns), sms)
+    widths = (2 * intermediate, config.BLOCK_N), (hidden, l2_width(hidden, blocks, sms))
+    return Tasks(*(blocks * -(-n // width) for n, width in widths), sms)
 
 
 def routed(shape: Shape, tokens: int, routing: str, seed: int) -> list[int]:

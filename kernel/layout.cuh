@@ -25,8 +25,8 @@ struct Rank {
     }
     __device__ __forceinline__ Workspace& workspace() const { return *mine<Workspace>(p.layout.workspace); }
     __device__ __forceinline__ u32* block_rows() const { return mine<u32>(p.layout.workspace + sizeof(Workspace)); }
-    __device__ __forceinline__ u32* block_l1_tiles() const { return block_rows() + p.shape.pool_blocks; }
-    __device__ __forceinline__ u32* block_l2_tiles() const { return block_l1_tiles() + p.shape.pool_blocks; }
+    __device__ __forceinline__ u32* block_l1_turns() const { return block_rows() + p.shape.pool_blocks; }
+    __device__ __forceinline__ u32* block_l2_turns() const { return block_l1_turns() + p.shape.pool_blocks; }
     // Where activations of row `row_in_block` of a pool block stand. Source and weight of a row stand by its pool row.
     __device__ __forceinline__ u64 ring_row(u32 block, u32 row_in_block) const {
         return static_cast<u64>(block % p.shape.ring_blocks) * gemm::kBlockM + row_in_block;

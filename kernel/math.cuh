@@ -18,7 +18,7 @@ __device__ __forceinline__ bool multiply(const layout::Rank& r, gemm::Ring& ring
     const auto wait = [&](u64* full, u32 parity) { return wait_stage(r, full, parity); };
     if (share.turns == 0) return gemm::pass(ring, place, blocks, wait);
     const u32 n = (kL1 ? 2 * shape.intermediate : shape.hidden) / kTurnN;  // rows of weight scales of an expert
-    const u32 first = kL1 ? task.column : 2 * task.column + share.first_column / kTurnN;
+    const u32 first = kL1 ? task.first_column / kBlockN : (task.first_column + share.first_column) / kTurnN;
     const float* w_sf = (kL1 ? r.own.w1_sf : r.own.w2_sf) + static_cast<u64>(task.expert * n + first) * blocks;
     const u32 second = (kL1 ? n / 2 : share.turns - 1) * blocks;
     return gemm::multiply<kL1, kGroup<kL1>>(sum, ring, place, share, blocks, wait, [&](float (&scales)[2], u32 b) {
@@ -41,14 +41,15 @@ __device__ __forceinline__ void math_role(const layout::Rank& r, SharedStorage& 
     gemm::Place place;
     float sum[2][gemm::kSums];
     const auto share_of = [&](const scheduler::Task& task) {
-        const u32 n = task.l2 ? r.p.shape.hidden : 2 * r.p.shape.intermediate;
         const bool whole_rows = !task.l2 && kTurnsPerScale == 2;  // their maximum stays in the warpgroup
-        return gemm::share_of(warpgroup, task.rows, min(kBlockN, n - task.column * kBlockN), whole_rows);
+        return gemm::share_of(warpgroup, task.rows, task.columns, whole_rows);
     };
     for (u32 i = 0;; ++i) {
         // Read from shared memory where it is needed: registers are for the sums.
         const volatile scheduler::Task& shared = s.tasks[i % kTasks];
-        const auto read = [&] { return scheduler::Task{shared.l2, shared.block, shared.column, shared.expert, shared.rows}; };
+        const auto read = [&] {
+            return scheduler::Task{shared.l2, shared.block, shared.expert, shared.first_column, shared.columns, shared.rows};
+        };
         if (!wait_stage(r, &s.ring.full[place.index], place.parity)) return;
         phase::mark(r.p, phase::kWait);
         if (shared.rows == 0) return;
@@ -64,7 +65,7 @@ __device__ __forceinline__ void math_role(const layout::Rank& r, SharedStorage& 
 #pragma unroll
         for (u32 turn = 0; turn < 2; ++turn) {
             if (turn >= share.turns) break;
-            const u32 column = task.column * kBlockN + share.first_column + turn * kTurnN;
+            const u32 column = task.first_column + share.first_column + turn * kTurnN;
             if (task.l2) {
                 scatter::to_slot(r, sum[turn], row, row_in_block, task.rows, column);
                 continue;
@@ -80,7 +81,8 @@ __device__ __forceinline__ void math_role(const layout::Rank& r, SharedStorage& 
         if (task.l2 && !recycled) continue;
         if (!task.l2) ptx::fence_proxy_async_all();  // TMA reads what these threads wrote
         ptx::named_barrier<1, 32 * gemm::kMathWarps>();
-        if (threadIdx.x == 128) ptx::reduce_add_release((task.l2 ? r.block_l2_tiles() : r.block_l1_tiles()) + task.block, 1);
+        u32* counters = task.l2 ? r.block_l2_turns() : r.block_l1_turns();
+        if (threadIdx.x == 128) ptx::reduce_add_release(counters + task.block, task.columns / kTurnN);
     }
 }
 

@@ -7,6 +7,10 @@
 constexpr u32 kMaxRanks = 8;      // ranks of one launch, or peers of one process
 constexpr u32 kMaxExperts = 512;  // over all ranks
 
+// L2 activations that share a scale, and so the chain of GEMM 2: 64 or 128. With 128 the scales fill half of their memory.
+constexpr u32 kGranularity = GRANULARITY, kTurnsPerScale = kGranularity / 64;
+static_assert(kGranularity == 64 || kGranularity == 128);
+
 // Byte offsets into a rank's symmetric buffer; the same on every rank.
 struct Layout {
     u64 x, x_sf, topk_idx, topk_weights;                   // inputs
@@ -23,7 +27,7 @@ struct Layout {
 struct Workspace {
     u32 arrived, generation, rank_epoch, tiles_taken;
     u32 send_count[kMaxExperts];
-    // behind it, u32 [pool blocks] each: block_rows, block_l1_tiles, block_l2_tiles
+    // behind it, u32 [pool blocks] each: block_rows, block_l1_turns, block_l2_turns
 };
 
 struct Shape {

@@ -6,7 +6,7 @@
 namespace producer {
 
 using barrier::wait_stage;
-using gemm::kBlockM, gemm::kBlockN, gemm::kTurnN;
+using gemm::kBlockM, gemm::kTurnN;
 using scheduler::kBoxRows;
 
 // Until a task's operands are there. GEMM 1: the rows of its pool block have arrived, and where their activations will stand
@@ -18,11 +18,11 @@ __device__ __forceinline__ bool wait_operands(const layout::Rank& r, const sched
     const u32 ring = r.p.shape.ring_blocks;
     bool ready;
     if (task.l2) {
-        ready = reaches(r.block_l1_tiles() + task.block, barrier::kBlockL1Tiles, scheduler::l1_columns(r.p.shape));
+        ready = reaches(r.block_l1_turns() + task.block, barrier::kBlockL1Turns, scheduler::l1_turns(r.p.shape));
     } else {
         ready = reaches(r.block_rows() + task.block, barrier::kBlockRows, task.rows);
         if (ready && task.block >= ring)
-            ready = reaches(r.block_l2_tiles() + task.block - ring, barrier::kBlockL2Tiles, scheduler::l2_columns(r.p.shape));
+            ready = reaches(r.block_l2_turns() + task.block - ring, barrier::kBlockL2Turns, scheduler::l2_turns(r.p.shape));
     }
     ptx::fence_proxy_async_all();
     return ready;
@@ -43,11 +43,10 @@ __device__ __forceinline__ void scout_role(const layout::Rank& r, SharedStorage&
     }
 }
 
-constexpr u32 kPrefetched = 3;  // stages of weights that go to L2 while operands are waited for
 constexpr u32 kWantedBefore = 6;  // stages before a task's end where the next one is asked for: the last tasks are shared out
 
 // Loads the stages of one task. Where its activations are not there yet, still on their way or being computed, the weights
-// of as many stages as the ring has go first, and those of the next ones to L2: they wait for nobody.
+// of as many stages as the ring has go first: they wait for nobody. To send further ones to L2 costs time.
 template <bool kL1>
 __device__ __forceinline__ bool produce(const layout::Rank& r, SharedStorage& s, gemm::Place& place, const scheduler::Task& task,
                                         u32 parity) {
@@ -58,15 +57,15 @@ __device__ __forceinline__ bool produce(const layout::Rank& r, SharedStorage& s,
     const u32 n = task.l2 ? shape.hidden : 2 * shape.intermediate;
     const ptx::TensorMap& a = task.l2 ? r.own.l2_acts : r.own.l1_acts;
     const ptx::TensorMap& b = task.l2 ? r.own.w2 : r.own.w1;
-    const u32 a_row = static_cast<u32>(r.ring_row(task.block, 0)), b_row = task.expert * n + task.column * kBlockN;
+    const u32 a_row = static_cast<u32>(r.ring_row(task.block, 0)), b_row = task.expert * n + task.first_column;
     const float* a_sf = r.mine<float>(task.l2 ? r.p.layout.l2_acts_sf : r.p.layout.l1_acts_sf) + a_row;
-    const u32 rows = (task.rows + kBoxRows - 1) / kBoxRows * kBoxRows, columns = min(kBlockN, n - task.column * kBlockN);
-    const u32 bytes = (rows + columns) * gemm::kBlockK + kGroups * kBlockM * 4;
+    const u32 rows = (task.rows + kBoxRows - 1) / kBoxRows * kBoxRows;
+    const u32 bytes = (rows + task.columns) * gemm::kBlockK + kGroups * kBlockM * 4;
 
     const auto load_weights = [&](u32 i, const gemm::Place& at) {
         if (!wait_stage(r, &ring.empty[at.index], at.parity ^ 1)) return false;
         ptx::mbarrier_arrive_expect(&ring.full[at.index], bytes);
-        for (u32 c = 0; c < columns; c += kTurnN)
+        for (u32 c = 0; c < task.columns; c += kTurnN)
             ptx::tma_load_2d(ring.stages[at.index].b[c], b, &ring.full[at.index], i * gemm::kBlockK, b_row + c);
         return true;
     };
@@ -75,8 +74,6 @@ __device__ __forceinline__ bool produce(const layout::Rank& r, SharedStorage& s,
         gemm::Place first = place;
         for (; ahead < min(blocks, gemm::kStages); ++ahead, first.advance())
             if (!load_weights(ahead, first)) return false;
-        for (u32 i = ahead; i < min(blocks, ahead + kPrefetched); ++i)
-            for (u32 c = 0; c < columns; c += kTurnN) ptx::tma_prefetch_2d(b, i * gemm::kBlockK, b_row + c);
         phase::mark(r.p, phase::kLoad);
         if (!wait_stage(r, &s.handover.ready, parity)) return false;
         phase::mark(r.p, phase::kOperands);

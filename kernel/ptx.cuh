@@ -229,12 +229,6 @@ __device__ __forceinline__ void tma_load_2d(void* target, const TensorMap& map, 
         : "memory");
 }
 
-// The same box to L2 alone; nobody waits for it.
-__device__ __forceinline__ void tma_prefetch_2d(const TensorMap& map, int column, int row) {
-    asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(&map), "r"(column), "r"(row)
-                 : "memory");
-}
-
 // The line of an address to L1.
 __device__ __forceinline__ void prefetch_l1(const void* address) {
     asm volatile("prefetch.global.L1 [%0];" ::"l"(address) : "memory");

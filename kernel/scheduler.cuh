@@ -4,17 +4,26 @@
 
 namespace scheduler {
 
-using gemm::kBlockM, gemm::kBlockN;
+using gemm::kBlockM, gemm::kBlockN, gemm::kTurnN;
 constexpr u32 kBoxRows = 32;  // activation rows of one TMA box: a part-filled block loads only the boxes that hold rows
 
 // Pool blocks of a group. GEMM 2 of a group comes after GEMM 1 of the next: its inputs are there, and still in L2.
 constexpr u32 kGroupBlocks = 16;
+
+// Columns of a tile of GEMM 2 where all pool blocks are one group: half of kBlockN where that saves half a round of the thread
+// blocks, else kBlockN. Half a tile keeps fewer bytes on their way, so it pays only there.
+__device__ __forceinline__ u32 l2_width(const Shape& s, u32 pool_blocks, u32 blocks) {
+    const u32 wide = pool_blocks * ((s.hidden + kBlockN - 1) / kBlockN), halves = pool_blocks * (s.hidden / kTurnN);
+    const bool fewer = (halves + blocks - 1) / blocks < 2 * ((wide + blocks - 1) / blocks);
+    return pool_blocks <= kGroupBlocks && fewer ? kTurnN : kBlockN;
+}
 
 // What every block of a rank derives from the received counts, in shared memory.
 struct Plan {
     u32 first_block[kMaxExperts + 1];  // [E_loc + 1]: first pool block of each local expert; the end
     u32 rows[kMaxExperts];             // [E_loc]: rows of each local expert
     u32 first_row[kMaxExperts];        // [E_loc][R]: rows of an expert from the ranks before
+    u32 l2_width;                      // columns of a tile of GEMM 2
 };
 
 __device__ __forceinline__ u32 blocks_of(u32 rows) { return (rows + kBlockM - 1) / kBlockM; }
@@ -49,7 +58,7 @@ __device__ __forceinline__ void make_plan(const layout::Rank& r, Plan& plan) {
             if (e < experts) plan.first_block[e + 1] = before + sum;
             before += __shfl_sync(0xFFFFFFFFu, sum, 31);
         }
-        if (threadIdx.x == 0) plan.first_block[0] = 0;
+        if (threadIdx.x == 0) plan.first_block[0] = 0, plan.l2_width = l2_width(r.p.shape, before, r.blocks);
     }
     __syncthreads();
 }
@@ -70,12 +79,15 @@ __device__ __forceinline__ u32 rows_in_block(const Plan& plan, u32 expert, u32 b
 }
 
 struct Task {
-    u32 l2;                           // whether GEMM 2
-    u32 block, column, expert, rows;  // pool block, tile column, local expert, rows of the block; 0: no task any more
+    u32 l2;                     // whether GEMM 2
+    u32 block, expert;          // pool block, local expert
+    u32 first_column, columns;  // of 2I (interleaved), or of H
+    u32 rows;                   // of the pool block; 0: no task any more
 };
 
-__device__ __forceinline__ u32 l1_columns(const Shape& s) { return 2 * s.intermediate / kBlockN; }
-__device__ __forceinline__ u32 l2_columns(const Shape& s) { return (s.hidden + kBlockN - 1) / kBlockN; }
+// What the counters of a pool block come to, in turns: kTurnN columns each.
+__device__ __forceinline__ u32 l1_turns(const Shape& s) { return 2 * s.intermediate / kTurnN; }
+__device__ __forceinline__ u32 l2_turns(const Shape& s) { return s.hidden / kTurnN; }
 
 // Tasks of a rank: GEMM 1 of group 0; then, for each further group, its GEMM 1 and GEMM 2 of the group before; then GEMM 2
 // of the last. Blocks take them as they come, so a task only waits for tasks that running blocks have already taken. In a
@@ -85,7 +97,7 @@ __device__ __forceinline__ void task_of(const layout::Rank& r, const Plan& plan,
     const u32 experts = r.p.shape.experts_local, pool_blocks = plan.first_block[experts];
     task.rows = 0;
     if (pool_blocks == 0) return;
-    const u32 l1 = l1_columns(r.p.shape), l2 = l2_columns(r.p.shape);
+    const u32 l1 = 2 * r.p.shape.intermediate / kBlockN, l2 = (r.p.shape.hidden + plan.l2_width - 1) / plan.l2_width;
     const u32 last = (pool_blocks - 1) / kGroupBlocks, in_last = pool_blocks - last * kGroupBlocks;
     u32 group = 0;
     task.l2 = 0;
@@ -104,11 +116,13 @@ __device__ __forceinline__ void task_of(const layout::Rank& r, const Plan& plan,
             if (group == last && tile >= in_last * l2) return;
         }
     }
-    const u32 columns = task.l2 ? l2 : l1, begin = group * kGroupBlocks, end = min(pool_blocks, begin + kGroupBlocks);
+    const u32 columns = task.l2 ? l2 : l1, width = task.l2 ? plan.l2_width : kBlockN;
+    const u32 begin = group * kGroupBlocks, end = min(pool_blocks, begin + kGroupBlocks);
     task.expert = expert_of(plan, experts, begin + tile / columns);
     const u32 run = max(begin, plan.first_block[task.expert]), run_end = min(end, plan.first_block[task.expert + 1]);
     tile -= (run - begin) * columns;
-    task.column = tile / (run_end - run);
+    task.first_column = tile / (run_end - run) * width;
+    task.columns = min(width, (task.l2 ? r.p.shape.hidden : 2 * r.p.shape.intermediate) - task.first_column);
     task.block = run + tile % (run_end - run);
     task.rows = rows_in_block(plan, task.expert, task.block);
 }

@@ -4,9 +4,6 @@
 
 constexpr u32 kDispatchWarps = 2, kThreads = 128 + 32 * gemm::kMathWarps;
 
-// L2 activations that share a scale, and so the chain of GEMM 2: 64 or 128. With 128 the scales fill half of their memory.
-constexpr u32 kGranularity = GRANULARITY, kTurnsPerScale = kGranularity / 64;
-static_assert(kGranularity == 64 || kGranularity == 128);
 template <bool kL1>
 constexpr u32 kGroup = kL1 ? 128 : kGranularity;
 

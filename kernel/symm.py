@@ -14,8 +14,8 @@ COUNTERS = {
     1: "blocks of the rank",
     2: "ranks",
     3: "rows of a pool block",
-    4: "L1 tiles of a pool block",
-    5: "L2 tiles of a pool block",
+    4: "L1 turns of a pool block",
+    5: "L2 turns of a pool block",
 }
 """`Counter` of barrier.cuh, in words."""
 

@@ -11,7 +11,9 @@ from itertools import accumulate, groupby, pairwise
 from reference.layout import BLOCK_M
 
 BLOCK_N = 256
-"""Columns of a tile; the last one of GEMM 2 may be half as wide."""
+"""Columns of a tile; the last one of GEMM 2 may be half as wide, and with few pool blocks all of them are."""
+TURN_N = 128
+"""Half a tile: in these the counters of a pool block count."""
 GROUP_BLOCKS = 16
 """Pool blocks of a group: GEMM 2 of a group comes after GEMM 1 of the next."""
 
@@ -26,6 +28,8 @@ class Plan:
     """[E_loc]: rows of each local expert."""
     first_row: tuple[tuple[int, ...], ...]
     """[E_loc][R]: rows of an expert from the ranks before."""
+    l2_width: int
+    """Columns of a tile of GEMM 2."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +39,11 @@ class Task:
     l2: bool
     block: int
     """Pool block."""
-    column: int
-    """Tile column: BLOCK_N columns of 2I (interleaved), or of H, where the last tile may have fewer."""
     expert: int
     """Local expert."""
+    first_column: int
+    """Of 2I (interleaved), or of H."""
+    columns: int
     rows: int
     """Rows of the pool block."""
 
@@ -48,12 +53,23 @@ def blocks_of(rows: int) -> int:
     return -(-rows // BLOCK_M)
 
 
-def make_plan(counts: Sequence[Sequence[int]]) -> Plan:
-    """counts [R][E_loc]: rows that each source rank sends to each local expert."""
+def l2_width(hidden: int, pool_blocks: int, blocks: int) -> int:
+    """Columns of a tile of GEMM 2 for so many pool blocks and thread blocks.
+
+    Half a tile where all pool blocks are one group and that saves half a round of the thread blocks. Elsewhere tiles
+    are wide: half a tile keeps fewer bytes on their way.
+    """
+    wide, halves = (-(-pool_blocks * -(-hidden // width) // blocks) for width in (BLOCK_N, TURN_N))
+    return TURN_N if pool_blocks <= GROUP_BLOCKS and halves < 2 * wide else BLOCK_N
+
+
+def make_plan(counts: Sequence[Sequence[int]], hidden: int, blocks: int) -> Plan:
+    """counts [R][E_loc]: rows that each source rank sends to each local expert. blocks: thread blocks of the rank."""
     by_expert = list(zip(*counts, strict=True))
     rows = tuple(map(sum, by_expert))
     first_block = tuple(accumulate(map(blocks_of, rows), initial=0))
-    return Plan(first_block, rows, tuple(tuple(accumulate(sent[:-1], initial=0)) for sent in by_expert))
+    first_row = tuple(tuple(accumulate(sent[:-1], initial=0)) for sent in by_expert)
+    return Plan(first_block, rows, first_row, l2_width(hidden, first_block[-1], blocks))
 
 
 def expert_of(plan: Plan, block: int) -> int:
@@ -66,14 +82,14 @@ def rows_in_block(plan: Plan, expert: int, block: int) -> int:
     return min(BLOCK_M, plan.rows[expert] - (block - plan.first_block[expert]) * BLOCK_M)
 
 
-def l1_columns(intermediate: int) -> int:
-    """Tile columns of GEMM 1."""
-    return 2 * intermediate // BLOCK_N
+def l1_turns(intermediate: int) -> int:
+    """What the counter of GEMM 1 comes to for a pool block: turns of TURN_N columns."""
+    return 2 * intermediate // TURN_N
 
 
-def l2_columns(hidden: int) -> int:
-    """Tile columns of GEMM 2."""
-    return -(-hidden // BLOCK_N)
+def l2_turns(hidden: int) -> int:
+    """What the counter of GEMM 2 comes to for a pool block."""
+    return hidden // TURN_N
 
 
 def next_tile(taken: int, blocks: int) -> int:
@@ -104,20 +120,20 @@ def all_tasks(plan: Plan, hidden: int, intermediate: int) -> tuple[Task, ...]:
     most: a ring of two groups is enough for their activations.
     """
     pool_blocks = plan.first_block[-1]
-    first, last = l1_columns(intermediate), l2_columns(hidden)
+    first, last = (2 * intermediate, BLOCK_N), (hidden, plan.l2_width)
     groups = [range(pool_blocks)[begin : begin + GROUP_BLOCKS] for begin in range(0, pool_blocks, GROUP_BLOCKS)]
-    tasks = [*_of_group(plan, groups[0], False, first)] if groups else []
+    tasks = [*_of_group(plan, groups[0], False, *first)] if groups else []
     for before, group in pairwise(groups):
-        tasks += _of_group(plan, group, False, first)
-        tasks += _of_group(plan, before, True, last)
-    return (*tasks, *_of_group(plan, groups[-1], True, last)) if groups else ()
+        tasks += _of_group(plan, group, False, *first)
+        tasks += _of_group(plan, before, True, *last)
+    return (*tasks, *_of_group(plan, groups[-1], True, *last)) if groups else ()
 
 
-def _of_group(plan: Plan, group: range, l2: bool, columns: int) -> Iterator[Task]:
+def _of_group(plan: Plan, group: range, l2: bool, columns: int, width: int) -> Iterator[Task]:
     """One GEMM of a group: expert after expert; all its blocks take a tile column before the next, so that each of its
     weights is read once."""
     for expert, run in groupby(group, lambda block: expert_of(plan, block)):
         blocks = list(run)
-        for column in range(columns):
+        for column in range(0, columns, width):
             for block in blocks:
-                yield Task(l2, block, column, expert, rows_in_block(plan, expert, block))
+                yield Task(l2, block, expert, column, min(width, columns - column), rows_in_block(plan, expert, block))

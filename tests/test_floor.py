@@ -46,11 +46,13 @@ def test_the_model_of_the_h200_is_near_its_curve() -> None:
 
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("routing", ["folded", "distinct"])
-def test_tasks_are_those_of_the_scheduler(preset: str, routing: str) -> None:
+@pytest.mark.parametrize("tokens", [1, 2, 300])
+def test_tasks_are_those_of_the_scheduler(preset: str, routing: str, tokens: int) -> None:
     shape = SHAPES[preset]
-    counts = floor.routed(shape, 300, routing, 0)
-    assert sum(counts) == 300 * shape.topk
-    all_tasks = scheduler.all_tasks(scheduler.make_plan([counts]), shape.hidden, shape.intermediate)
+    counts = floor.routed(shape, tokens, routing, 0)
+    assert sum(counts) == tokens * shape.topk
+    plan = scheduler.make_plan([counts], shape.hidden, 78)
+    all_tasks = scheduler.all_tasks(plan, shape.hidden, shape.intermediate)
     found = floor.tasks(counts, shape.hidden, shape.intermediate, 78)
     assert (found.l1, found.l2) == (sum(not task.l2 for task in all_tasks), sum(task.l2 for task in all_tasks))
 

@@ -53,7 +53,7 @@ def test_who_waits_in_vain_gives_up_and_the_next_launch_is_right(
     assert expected != seen
     if case.ranks == 1:
         # Every block begins with a tile of GEMM 1, and nearly every pool block has a row of the stuck block.
-        assert counter in ("rows of a pool block", "L1 tiles of a pool block", "L2 tiles of a pool block")
+        assert counter in ("rows of a pool block", "L1 turns of a pool block", "L2 turns of a pool block")
         assert int(seen) < int(expected)
     stuck.buffer.check()  # raised once, then forgotten
 

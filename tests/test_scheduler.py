@@ -20,7 +20,7 @@ from kernel import config
 from kernel.build import FOLDER
 from kernel.params import KernelShape
 from reference import layout, scheduler
-from reference.scheduler import BLOCK_M, BLOCK_N, GROUP_BLOCKS, Plan, Task
+from reference.scheduler import BLOCK_M, BLOCK_N, GROUP_BLOCKS, TURN_N, Plan, Task
 from tests.test_layout import COUNTS
 
 COLUMNS = st.integers(1, 5).map(lambda n: n * 128)
@@ -36,23 +36,23 @@ LEAST = 2 * GROUP_BLOCKS
 
 
 def test_a_plan_by_hand() -> None:
-    plan = scheduler.make_plan([[0, 130, 0, 1], [0, 126, 0, 2]])
-    assert plan == Plan((0, 0, 2, 2, 3), (0, 256, 0, 3), ((0, 0), (0, 130), (0, 0), (0, 1)))
+    plan = scheduler.make_plan([[0, 130, 0, 1], [0, 126, 0, 2]], hidden=128, blocks=4)
+    assert plan == Plan((0, 0, 2, 2, 3), (0, 256, 0, 3), ((0, 0), (0, 130), (0, 0), (0, 1)), l2_width=128)
     assert [scheduler.expert_of(plan, block) for block in range(3)] == [1, 1, 3]
     assert [scheduler.rows_in_block(plan, e, block) for block, e in enumerate([1, 1, 3])] == [128, 128, 3]
-    assert (scheduler.l1_columns(256), scheduler.l2_columns(384)) == (2, 2)
+    assert (scheduler.l1_turns(256), scheduler.l2_turns(384)) == (4, 3)
     assert [scheduler.task_of(plan, 128, 256, tile) for tile in (1, 2, 5, 6, 9)] == [
-        Task(False, 1, 0, 1, 128),
-        Task(False, 0, 1, 1, 128),
-        Task(False, 2, 1, 3, 3),
-        Task(True, 0, 0, 1, 128),
+        Task(False, 1, 1, 0, 256, 128),
+        Task(False, 0, 1, 256, 256, 128),
+        Task(False, 2, 3, 256, 256, 3),
+        Task(True, 0, 1, 0, 128, 128),
         None,
     ]
 
 
 @given(COUNTS)
 def test_pool_blocks_hold_the_rows_of_the_layout(counts: list[list[int]]) -> None:
-    plan, sent = scheduler.make_plan(counts), torch.tensor(counts)
+    plan, sent = scheduler.make_plan(counts, hidden=128, blocks=1), torch.tensor(counts)
     inside: Counter[int] = Counter()
     found = []
     for block in range(plan.first_block[-1]):
@@ -69,22 +69,40 @@ def test_pool_blocks_hold_the_rows_of_the_layout(counts: list[list[int]]) -> Non
     assert torch.equal(begin.t(), layout.first_rows(sent))
 
 
-@given(COUNTS | MANY, COLUMNS, COLUMNS)
-def test_every_tile_is_a_task_once(counts: list[list[int]], hidden: int, intermediate: int) -> None:
-    plan = scheduler.make_plan(counts)
-    taken = scheduler.all_tasks(plan, hidden, intermediate)
-    columns = {False: -(-2 * intermediate // BLOCK_N), True: -(-hidden // BLOCK_N)}
-    pool_blocks = range(plan.first_block[-1])
-    wanted = [(l2, block, column) for l2 in columns for block in pool_blocks for column in range(columns[l2])]
-    assert sorted((task.l2, task.block, task.column) for task in taken) == wanted
-    for task in taken:
+@pytest.mark.parametrize(
+    ("pool_blocks", "hidden", "blocks", "width"),
+    [
+        (6, 4096, 132, 256),  # 96 tiles of 132: a round, as two of half as much
+        (12, 4096, 132, 128),  # 192 are two rounds, 384 halves are three of half as much
+        (6, 7168, 132, 128),
+        (6, 4096, 78, 128),
+        (24, 4096, 132, 256),  # two groups: the second's GEMM 1 fills the gaps
+        (1, 128, 1, 128),  # there is but half a tile
+        (0, 4096, 132, 256),
+    ],
+)
+def test_the_width_of_gemm_2(pool_blocks: int, hidden: int, blocks: int, width: int) -> None:
+    assert scheduler.l2_width(hidden, pool_blocks, blocks) == width
+
+
+@given(COUNTS | MANY, COLUMNS, COLUMNS, BLOCKS)
+def test_every_tile_is_a_task_once(counts: list[list[int]], hidden: int, intermediate: int, blocks: int) -> None:
+    plan = scheduler.make_plan(counts, hidden, blocks)
+    done: Counter[tuple[bool, int, int]] = Counter()
+    for task in scheduler.all_tasks(plan, hidden, intermediate):
         assert task.expert == scheduler.expert_of(plan, task.block)
         assert task.rows == scheduler.rows_in_block(plan, task.expert, task.block)
+        assert task.columns in (TURN_N, BLOCK_N)
+        turns = range(task.first_column // TURN_N, (task.first_column + task.columns) // TURN_N)
+        done.update((task.l2, task.block, turn) for turn in turns)
+    turns = {False: scheduler.l1_turns(intermediate), True: scheduler.l2_turns(hidden)}
+    pool_blocks = range(plan.first_block[-1])
+    assert done == Counter((l2, block, turn) for l2 in turns for block in pool_blocks for turn in range(turns[l2]))
 
 
 @given(COUNTS | MANY, COLUMNS, COLUMNS)
 def test_gemm_2_of_a_group_follows_gemm_1_of_the_next(counts: list[list[int]], hidden: int, intermediate: int) -> None:
-    order = scheduler.all_tasks(scheduler.make_plan(counts), hidden, intermediate)
+    order = scheduler.all_tasks(scheduler.make_plan(counts, hidden, 4), hidden, intermediate)
     phases = [phase for phase, _ in groupby((task.l2, task.block // GROUP_BLOCKS) for task in order)]
     groups = len(phases) // 2
     wanted = sorted(((l2, j) for l2 in (False, True) for j in range(groups)), key=lambda p: (p[1] + 1.5 * p[0], p[0]))
@@ -94,8 +112,8 @@ def test_gemm_2_of_a_group_follows_gemm_1_of_the_next(counts: list[list[int]], h
 @given(COUNTS | MANY, COLUMNS, COLUMNS)
 def test_an_experts_weights_are_read_once_a_group(counts: list[list[int]], hidden: int, intermediate: int) -> None:
     """Tiles of one group that take the same weights stand together."""
-    order = scheduler.all_tasks(scheduler.make_plan(counts), hidden, intermediate)
-    read = [key for key, _ in groupby((t.l2, t.block // GROUP_BLOCKS, t.expert, t.column) for t in order)]
+    order = scheduler.all_tasks(scheduler.make_plan(counts, hidden, 4), hidden, intermediate)
+    read = [key for key, _ in groupby((t.l2, t.block // GROUP_BLOCKS, t.expert, t.first_column) for t in order)]
     assert len(read) == len(set(read))
 
 
@@ -103,7 +121,7 @@ def test_an_experts_weights_are_read_once_a_group(counts: list[list[int]], hidde
 def test_what_a_task_waits_for_stands_before_it(
     counts: list[list[int]], hidden: int, intermediate: int, ring: int
 ) -> None:
-    order = scheduler.all_tasks(scheduler.make_plan(counts), hidden, intermediate)
+    order = scheduler.all_tasks(scheduler.make_plan(counts, hidden, 4), hidden, intermediate)
     first, last = ({l2: {} for l2 in (False, True)} for _ in range(2))
     for place, task in enumerate(order):
         first[task.l2].setdefault(task.block, place)
@@ -135,17 +153,18 @@ struct Params { Shape shape; };
 struct Rank { Params p; };
 }
 %(scheduler)s
-extern "C" u32 tasks(const Shape* shape, const u32* rows, u32* out) {
+extern "C" u32 tasks(const Shape* shape, const u32* rows, u32 blocks, u32* out) {
     const layout::Rank r{{*shape}};
     scheduler::Plan plan{};
     for (u32 e = 0; e < shape->experts_local; ++e) {
         plan.rows[e] = rows[e];
         plan.first_block[e + 1] = plan.first_block[e] + scheduler::blocks_of(rows[e]);
     }
+    plan.l2_width = scheduler::l2_width(*shape, plan.first_block[shape->experts_local], blocks);
     scheduler::Task task{};
     u32 tile = 0;
     for (; scheduler::task_of(r, plan, tile, task), task.rows; ++tile)
-        for (u32 field : {u32(task.l2), task.block, task.column, task.expert, task.rows}) *out++ = field;
+        for (u32 field : {task.l2, task.block, task.expert, task.first_column, task.columns, task.rows}) *out++ = field;
     for (u32 more = 1; more < 1000; ++more)
         if (scheduler::task_of(r, plan, tile + more, task), task.rows) return ~0u;
     return tile;
@@ -194,24 +213,24 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     return ctypes.CDLL(str(library))
 
 
-def by_the_kernel(compiled: ctypes.CDLL, plan: Plan, hidden: int, intermediate: int) -> tuple[Task, ...]:
+def by_the_kernel(compiled: ctypes.CDLL, plan: Plan, hidden: int, intermediate: int, blocks: int) -> tuple[Task, ...]:
     """What `all_tasks` says, by the kernel's own text."""
     shape = KernelShape(experts_local=len(plan.rows), hidden=hidden, intermediate=intermediate)
     rows = (ctypes.c_uint32 * len(plan.rows))(*plan.rows)
-    out = (ctypes.c_uint32 * (5 * plan.first_block[-1] * (hidden + intermediate) // 128))()
-    count = compiled.tasks(ctypes.byref(shape), rows, out)
+    out = (ctypes.c_uint32 * (6 * plan.first_block[-1] * 2 * (hidden + intermediate) // 128))()
+    count = compiled.tasks(ctypes.byref(shape), rows, blocks, out)
     assert count >= 0, "a task after the last"
-    fields = iter(out[: 5 * count])
-    return tuple(Task(bool(l2), *rest) for l2, *rest in zip(*[fields] * 5, strict=True))
+    fields = iter(out[: 6 * count])
+    return tuple(Task(bool(l2), *rest) for l2, *rest in zip(*[fields] * 6, strict=True))
 
 
-@given(counts=COUNTS | MANY, hidden=COLUMNS, intermediate=COLUMNS)
+@given(counts=COUNTS | MANY, hidden=COLUMNS, intermediate=COLUMNS, blocks=BLOCKS)
 def test_the_kernels_order_is_the_references(
-    compiled: ctypes.CDLL, counts: list[list[int]], hidden: int, intermediate: int
+    compiled: ctypes.CDLL, counts: list[list[int]], hidden: int, intermediate: int, blocks: int
 ) -> None:
-    plan = scheduler.make_plan(counts)
+    plan = scheduler.make_plan(counts, hidden, blocks)
     wanted = scheduler.all_tasks(plan, hidden, intermediate)
-    assert by_the_kernel(compiled, plan, hidden, intermediate) == wanted
+    assert by_the_kernel(compiled, plan, hidden, intermediate, blocks) == wanted
 
 
 def test_the_kernels_order_of_many_experts(compiled: ctypes.CDLL) -> None:
@@ -220,9 +239,9 @@ def test_the_kernels_order_of_many_experts(compiled: ctypes.CDLL) -> None:
     for _ in range(2000):
         largest = draw.choice([1, 128, 300, 5000])
         experts = draw.choice([1, 2, 7, 33]) if draw.random() < 0.98 else config.MAX_EXPERTS
-        plan = scheduler.make_plan([[draw.randrange(largest + 1) for _ in range(experts)]])
-        sizes = 128 * draw.randint(1, 3), 128 * draw.randint(1, 2)
-        assert by_the_kernel(compiled, plan, *sizes) == scheduler.all_tasks(plan, *sizes)
+        sizes, blocks = (128 * draw.randint(1, 3), 128 * draw.randint(1, 2)), draw.randint(1, 140)
+        plan = scheduler.make_plan([[draw.randrange(largest + 1) for _ in range(experts)]], sizes[0], blocks)
+        assert by_the_kernel(compiled, plan, *sizes, blocks) == scheduler.all_tasks(plan, *sizes)
 
 
 @pytest.mark.parametrize("columns", [128, 256])
@@ -263,10 +282,10 @@ class Machine:
         ahead: int = 1,
         pullers: int = 3,
     ) -> None:
-        plan = scheduler.make_plan(counts)
+        plan = scheduler.make_plan(counts, hidden, blocks)
         self.tasks = scheduler.all_tasks(plan, hidden, intermediate)
-        self.columns = {False: scheduler.l1_columns(intermediate), True: scheduler.l2_columns(hidden)}
-        """Of GEMM 1, of GEMM 2."""
+        self.all_turns = {False: scheduler.l1_turns(intermediate), True: scheduler.l2_turns(hidden)}
+        """Of a pool block in GEMM 1, in GEMM 2."""
         self.blocks, self.ring, self.ahead, self.pullers = blocks, ring, ahead, pullers
         self.forget: bool | None = None
         """The GEMM whose reading of the ring nobody waits for; None: none."""
@@ -279,7 +298,7 @@ class Machine:
         self.done: set[Task] = set()
         self.pulled = [0] * pullers
         self.rows: Counter[int] = Counter()
-        self.tiles = {l2: Counter[int]() for l2 in (False, True)}
+        self.turns = {l2: Counter[int]() for l2 in (False, True)}
         self.standing: dict[bool, dict[int, int]] = {l2: {} for l2 in (False, True)}
         """By GEMM: place in the ring -> the pool block whose inputs stand there."""
         sizes = [
@@ -297,7 +316,7 @@ class Machine:
 
     def free(self, l2: bool, block: int) -> bool:
         """Whether this GEMM is done with the pool block that stood in a block's place before."""
-        return block < self.ring or self.forget is l2 or self.tiles[l2][block - self.ring] == self.columns[l2]
+        return block < self.ring or self.forget is l2 or self.turns[l2][block - self.ring] == self.all_turns[l2]
 
     def pull(self, warp: int) -> bool:
         block = self.pulled[warp]
@@ -324,7 +343,7 @@ class Machine:
         if len(self.loaded[block]) == self.ahead:
             return False
         if task.l2:
-            ready = self.tiles[False][task.block] == self.columns[False]
+            ready = self.turns[False][task.block] == self.all_turns[False]
         else:
             ready = self.rows[task.block] == task.rows and self.free(True, task.block)
         if ready:
@@ -340,7 +359,7 @@ class Machine:
             raise Race(task)
         if not task.l2:
             self.standing[True][task.block % self.ring] = task.block
-        self.tiles[task.l2][task.block] += 1
+        self.turns[task.l2][task.block] += task.columns // TURN_N
         assert task not in self.done
         self.done.add(task)
         return True

@@ -124,7 +124,6 @@ inline void tma_load_2d(void* target, const TensorMap& map, u64* barrier, int co
     });
     emu::yield();
 }
-inline void tma_prefetch_2d(const TensorMap&, int, int) {}
 inline void prefetch_l1(const void*) {}
 inline void bulk_load(void* target, const void* source, u32 bytes, u64* barrier) {
     emu::machine->jobs.push_back([=] {
