@@ -14,6 +14,7 @@ import typer
 from kernel import api, dense, grouped, probe, sass, stream
 from kernel.bench import bench_command
 from kernel.bench.dense_rows import dense_command
+from kernel.bench.report import report_command
 from kernel.build import BuildError, Built, EnvironmentMissing, write_pins
 from kernel.config import ring_bytes, shared_bytes
 from kernel.floor import floor_command
@@ -50,6 +51,7 @@ app.command("bench")(bench_command)
 app.command("dense")(dense_command)
 app.command("phases")(phases_command)
 app.command("floor")(floor_command)
+app.command("report")(report_command)
 
 
 @app.callback()

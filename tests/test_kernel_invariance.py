@@ -189,6 +189,28 @@ def test_launches_of_several_sizes_on_one_buffer(ranks: int, adapter: MegaproofA
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("sms", [8, 78, 132])
+@pytest.mark.parametrize(
+    "shape, sizes",
+    [(LOCAL, (1,)), (LOCAL, (2,)), (LOCAL, (TOKENS,)), (SMOKE, (2, 0, 1, 7, 1, 1, 5, 1))],
+    ids=["flash-t1", "flash-t2", "flash-t129", "smoke-r8"],
+)
+def test_the_number_of_sms_changes_nothing(
+    shape: Shape, sizes: tuple[int, ...], sms: int, adapter: MegaproofAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a chip of so many, 78: the H20's. On it depend how many blocks share out the tasks, and GEMM 2's tiles."""
+    chip = api.require_device()
+    if chip.sms < sms:
+        pytest.skip(f"needs {sms} SMs, this chip has {chip.sms}")
+    monkeypatch.setattr(api, "require_device", lambda index=None: replace(chip, sms=sms))
+    case = Case(shape, sizes)
+    made, wanted = problem(case)
+    y, counts = run(adapter, case, made)
+    assert_same(wanted.y, y, f"y on {sms} SMs")
+    assert_same(wanted.stats, counts, "stats")
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("shape, sizes", RECYCLING.values(), ids=RECYCLING)
 def test_the_memory_for_activations_changes_nothing(shape: Shape, sizes: tuple[int, ...]) -> None:
     """A full ring, whose stages test_moe.py compares, and rings whose places are taken again and again."""

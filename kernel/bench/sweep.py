@@ -84,7 +84,8 @@ def measure(
             "what": options.what(),
             **{name: value for name, value in source.items() if name != "sources_sha256"},
             "regime": ", ".join(REGIMES[name] for name in options.regimes),
-            "method": f"{timer.method}; {WARM_UPS} launches warm up",
+            "method": f"{timer.method}; at least {WARM_UPS} launches warm up; "
+            "where calls take turns, the second of two flushed launches counts",
             "baseline": found.gemm,
             **figures(card.samples),
             "sources_sha256": source["sources_sha256"],
