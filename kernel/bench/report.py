@@ -13,12 +13,15 @@ from typing import Annotated, Any
 import typer
 
 from golden import atomic
+from kernel import floor
 from kernel.bench import plot
 from kernel.bench.rows import Row
 from kernel.bench.targets import TARGETS, verdict, with_kept
 from kernel.bench.timer import REGIMES
 from kernel.build import FOLDER, EnvironmentMissing
 from kernel.config import GROUP
+from kernel.roofline import CHIPS
+from quant.recipe import SHAPES
 
 README, RESULTS = FOLDER.parent / "README.md", FOLDER / "results"
 START, END = "<!-- results -->", "<!-- /results -->"
@@ -49,6 +52,7 @@ LINES = (
     ("scales per 128, of the best", "granularity_128", "ratio_best"),
 )
 """(line of a preset's table, result, column)."""
+UNMEASURED = "H20 by model, not measured: floor, us"
 NOTHING = "No time of the kernel is quoted here: none was measured with the present sources."
 LEGEND = (
     "Shares are a time over ours, so that 1 is as fast: of the model's floor; of a plain read of as many bytes and of "
@@ -122,7 +126,14 @@ def _preset(rows: Mapping[str, list[Row]], preset: str) -> str:
         points = {row["T"]: row.get(column) for row in rows[name] if row["preset"] == preset}
         cells = [_cell(column, points.get(tokens)) for tokens in TOKENS]
         lines += [[label, *cells]] if any(cells) else []
+    lines += [[UNMEASURED, *_floors(preset)]] if preset in SHAPES else []
     return _table([f"{preset}, T", *map(str, TOKENS)], lines, "---:")
+
+
+def _floors(preset: str) -> list[str]:
+    """What nothing goes below on an H20, us."""
+    rows = [floor.row(CHIPS["H20"], SHAPES[preset], tokens, "folded", 0) for tokens in TOKENS]
+    return [_cell("us", row["floor_us"]) for row in rows]
 
 
 def _dense(rows: list[Row]) -> str:
