@@ -21,6 +21,7 @@ from kernel.config import THREADS, ConfigError, Problem, shared_bytes
 from kernel.launch import Library, require_device, tensor_map
 from kernel.params import KernelShape, Layout, Params, RankParams, Swiglu
 from kernel.symm import COUNTERS, KernelTimeout, RankViews, SymmBuffer, VirtualGroup, local_group
+from kernel.tiles import tiled
 from quant.cast import interleave_gate_up
 from quant.recipe import Recipe
 
@@ -117,12 +118,15 @@ def get_symm_buffer_for_mega_moe(
 def transform_weights_for_mega_moe_sm90(
     l1: tuple[Tensor, Tensor], l2: tuple[Tensor, Tensor]
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Interleaves gate and up rows of W1 in groups of 8; scales and W2 stay as they are.
+    """Weights in the order in which the kernel reads them, as copies of the same shapes; scales stay as they are.
 
-    l1: (fp8 [E_loc, 2I, H] gate rows then up rows, float32 [E_loc, 2I/128, H/128]); l2: (fp8 [E_loc, H, I], float32).
+    Gate and up rows of W1 are interleaved in groups of 8; then the bytes of both matrices stand in tiles, see
+    kernel/tiles.py. l1: (fp8 [E_loc, 2I, H] gate rows then up rows, float32 [E_loc, 2I/128, H/128]);
+    l2: (fp8 [E_loc, H, I], float32 [E_loc, H/128, I/128]).
     """
-    w1, w1_sf = l1
-    return (interleave_gate_up(w1.view(torch.uint8)).view(w1.dtype), w1_sf), l2
+    (w1, w1_sf), (w2, w2_sf) = l1, l2
+    w1 = tiled(interleave_gate_up(w1.view(torch.uint8))).view(w1.dtype)
+    return (w1, w1_sf), (tiled(w2.contiguous().view(torch.uint8)).view(w2.dtype), w2_sf)
 
 
 def _only(name: str, value: str, allowed: str) -> None:
@@ -257,7 +261,7 @@ class _Plan:
         self.params.swiglu = params.swiglu_of(recipe)
         self.ranks = [self.params.rank[rank] for rank in range(buffer.problem.ranks)]
         for own, l1, l2 in zip(self.ranks, l1s, l2s, strict=True):
-            params.set_weights(own, l1, l2, _map)
+            params.set_weights(own, l1, l2)
         self.weights, self.outputs = _Judged([]), _Judged([])
         """The weights, at this plan's addresses; y and stats, where `places` says."""
         self.places: list | None = None

@@ -31,6 +31,13 @@ struct Rank {
     __device__ __forceinline__ u64 ring_row(u32 block, u32 row_in_block) const {
         return static_cast<u64>(block % p.shape.ring_blocks) * gemm::kBlockM + row_in_block;
     }
+    // The half tile of 128 weight rows from `row` on of an expert's n, at K block k_block of `blocks`: 16 KB as they lie in
+    // shared memory. The second half of a tile of 256 follows its first; an odd last half of an expert stands alone.
+    __device__ __forceinline__ static const u8* half_tile(const u8* weights, u32 expert, u32 n, u32 row, u32 k_block, u32 blocks) {
+        const u32 half = row / gemm::kTurnN, halves = n / gemm::kTurnN, width = (half | 1) < halves ? 2 : 1;
+        const u64 place = static_cast<u64>(expert * halves + half / 2 * 2) * blocks + k_block * width + half % 2;
+        return weights + place * gemm::kTurnN * gemm::kBlockK;
+    }
     __device__ __forceinline__ u32* recv_count(u32 peer, u32 source) const {
         return at<u32>(peer, p.layout.recv_count) + source * p.shape.experts_local;
     }

@@ -46,12 +46,14 @@ struct Status {
 
 // One rank of this launch.
 struct RankParams {
-    ptx::TensorMap l1_acts, w1, l2_acts, w2;
+    ptx::TensorMap l1_acts, l2_acts;
+    const u8* w1;        // interleaved, in half tiles, see layout.cuh
+    const u8* w2;
     const float* w1_sf;  // [E_loc][2I / 128][H / 128]
     const float* w2_sf;  // [E_loc][H / 128][I / 128]
     u16* y;              // bf16 [T][H]
     int* stats;          // [E_loc], or null
-    u32 tokens, unused[7];
+    u32 tokens, unused[3];
 };
 
 struct Params {

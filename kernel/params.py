@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from kernel.config import BOX_ROWS, MAX_RANKS, TURN_N, Problem
+from kernel.config import BOX_ROWS, MAX_RANKS, Problem
 from kernel.launch import TensorMap
 from quant.recipe import Recipe
 
@@ -36,10 +36,10 @@ KernelShape = _struct("KernelShape", *((name, ctypes.c_uint32) for name in SHAPE
 Swiglu = _struct("Swiglu", ("clamp", ctypes.c_float), ("clamped", ctypes.c_uint32))
 RankParams = _struct(
     "RankParams",
-    *((name, TensorMap) for name in ("l1_acts", "w1", "l2_acts", "w2")),
-    *((name, ctypes.c_void_p) for name in ("w1_sf", "w2_sf", "y", "stats")),
+    *((name, TensorMap) for name in ("l1_acts", "l2_acts")),
+    *((name, ctypes.c_void_p) for name in ("w1", "w2", "w1_sf", "w2_sf", "y", "stats")),
     ("tokens", ctypes.c_uint32),
-    ("unused", ctypes.c_uint32 * 7),
+    ("unused", ctypes.c_uint32 * 3),
 )
 Params = _struct(
     "Params",
@@ -75,10 +75,10 @@ def swiglu_of(recipe: Recipe) -> Swiglu:
     return Swiglu(recipe.clamp or 0.0, recipe.clamp is not None)
 
 
-def set_weights(own: RankParams, l1: tuple[Tensor, Tensor], l2: tuple[Tensor, Tensor], encode: Encode) -> None:
+def set_weights(own: RankParams, l1: tuple[Tensor, Tensor], l2: tuple[Tensor, Tensor]) -> None:
     """One rank's transformed (codes [E_loc, N, K], scales) of W1 and W2."""
     (w1, w1_sf), (w2, w2_sf) = l1, l2
-    own.w1, own.w2 = (encode(w.view(-1, w.shape[2]), TURN_N) for w in (w1, w2))
+    own.w1, own.w2 = w1.data_ptr(), w2.data_ptr()
     own.w1_sf, own.w2_sf = w1_sf.data_ptr(), w2_sf.data_ptr()
 
 

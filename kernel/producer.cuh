@@ -6,7 +6,7 @@
 namespace producer {
 
 using barrier::wait_stage;
-using gemm::kBlockM, gemm::kTurnN;
+using gemm::kBlockM;
 using scheduler::kBoxRows;
 
 // Until a task's operands are there. GEMM 1: the rows of its pool block have arrived, and where their activations will stand
@@ -56,8 +56,8 @@ __device__ __forceinline__ bool produce(const layout::Rank& r, SharedStorage& s,
     const u32 blocks = (task.l2 ? shape.intermediate : shape.hidden) / gemm::kBlockK;
     const u32 n = task.l2 ? shape.hidden : 2 * shape.intermediate;
     const ptx::TensorMap& a = task.l2 ? r.own.l2_acts : r.own.l1_acts;
-    const ptx::TensorMap& b = task.l2 ? r.own.w2 : r.own.w1;
-    const u32 a_row = static_cast<u32>(r.ring_row(task.block, 0)), b_row = task.expert * n + task.first_column;
+    const u8* b = task.l2 ? r.own.w2 : r.own.w1;
+    const u32 a_row = static_cast<u32>(r.ring_row(task.block, 0));
     const float* a_sf = r.mine<float>(task.l2 ? r.p.layout.l2_acts_sf : r.p.layout.l1_acts_sf) + a_row;
     const u32 rows = (task.rows + kBoxRows - 1) / kBoxRows * kBoxRows;
     const u32 bytes = (rows + task.columns) * gemm::kBlockK + kGroups * kBlockM * 4;
@@ -65,8 +65,8 @@ __device__ __forceinline__ bool produce(const layout::Rank& r, SharedStorage& s,
     const auto load_weights = [&](u32 i, const gemm::Place& at) {
         if (!wait_stage(r, &ring.empty[at.index], at.parity ^ 1)) return false;
         ptx::mbarrier_arrive_expect(&ring.full[at.index], bytes);
-        for (u32 c = 0; c < task.columns; c += kTurnN)
-            ptx::tma_load_2d(ring.stages[at.index].b[c], b, &ring.full[at.index], i * gemm::kBlockK, b_row + c);
+        ptx::bulk_load(ring.stages[at.index].b, r.half_tile(b, task.expert, n, task.first_column, i, blocks),
+                       task.columns * gemm::kBlockK, &ring.full[at.index]);
         return true;
     };
     u32 ahead = 0;

@@ -57,8 +57,8 @@ def test_recipes() -> None:
 
 
 def test_params_fit_the_argument_space() -> None:
-    assert ctypes.sizeof(api.Params) == 4864
-    assert ctypes.sizeof(api.RankParams) == 576
+    assert ctypes.sizeof(api.Params) == 2816
+    assert ctypes.sizeof(api.RankParams) == 320
 
 
 @given(

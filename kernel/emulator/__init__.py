@@ -195,7 +195,7 @@ def launch(
     packed = params.of_problem(problem, own.ranks, run.blocks, own.status, _map)
     packed.swiglu, packed.timeout_ns = params.swiglu_of(recipe), 1000 * run.timeout_steps
     for mine, (l1, l2), y, counts in zip(packed.rank, weights, ys, stats):  # noqa: B905  Params has room for more ranks
-        params.set_weights(mine, l1, l2, _map)
+        params.set_weights(mine, l1, l2)
         params.set_outputs(mine, y, counts)
     rcp, ex2 = (np.ascontiguousarray(tables.load(name).numpy()) for name in tables.NAMES)
     said = library(source(recipe.activation_granularity, run.change)).emulate(
