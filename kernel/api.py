@@ -51,7 +51,7 @@ ENTRIES = ("moe_fast", "moe_precise")
 TIMEOUT_S = 10.0
 """How long a role of the kernel waits; read at every call."""
 MAX_PLANS = 256
-"""Launch plans that a buffer keeps: more than a model has layers, of 5 KB each."""
+"""Launch plans that a buffer keeps: more than a model has layers, of 3 KB each."""
 
 
 def defines(granularity: int) -> dict[str, int]:
@@ -120,9 +120,10 @@ def transform_weights_for_mega_moe_sm90(
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Weights in the order in which the kernel reads them, as copies of the same shapes; scales stay as they are.
 
-    Gate and up rows of W1 are interleaved in groups of 8; then the bytes of both matrices stand in tiles, see
-    kernel/tiles.py. l1: (fp8 [E_loc, 2I, H] gate rows then up rows, float32 [E_loc, 2I/128, H/128]);
-    l2: (fp8 [E_loc, H, I], float32 [E_loc, H/128, I/128]).
+    Gate and up rows of W1 are interleaved in groups of 8; then the bytes of both matrices stand in swizzled tiles of
+    128 rows x 128 columns, see kernel/tiles.py: element [e, n, k] of a result is no longer weight (n, k), and `untiled`
+    gives it back. l1: (fp8 [E_loc, 2I, H] gate rows then up rows, float32 [E_loc, 2I/128, H/128]);
+    l2: (fp8 [E_loc, H, I], float32 [E_loc, H/128, I/128]). Raises ValueError for sizes that are no multiple of 128.
     """
     (w1, w1_sf), (w2, w2_sf) = l1, l2
     w1 = tiled(interleave_gate_up(w1.view(torch.uint8))).view(w1.dtype)

@@ -33,7 +33,8 @@ struct Rank {
     }
     // The half tile of 128 weight rows from `row` on of an expert's n, at K block k_block of `blocks`: 16 KB as they lie in
     // shared memory. The second half of a tile of 256 follows its first; an odd last half of an expert stands alone.
-    __device__ __forceinline__ static const u8* half_tile(const u8* weights, u32 expert, u32 n, u32 row, u32 k_block, u32 blocks) {
+    __device__ __forceinline__ static const u8* half_tile(const u8* weights, u32 expert, u32 n, u32 row, u32 k_block,
+                                                          u32 blocks) {
         const u32 half = row / gemm::kTurnN, halves = n / gemm::kTurnN, width = (half | 1) < halves ? 2 : 1;
         const u64 place = static_cast<u64>(expert * halves + half / 2 * 2) * blocks + k_block * width + half % 2;
         return weights + place * gemm::kTurnN * gemm::kBlockK;

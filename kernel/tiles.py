@@ -19,7 +19,7 @@ def tiled(codes: Tensor) -> Tensor:
 
     Where N is an odd multiple of 128 the last 128 rows follow as [K / 128][128][128]. The shape stays [E, N, K].
     """
-    experts, n, k = codes.shape
+    experts, n, k = _sizes(codes)
     halves = _swizzled(codes.view(experts, n // TURN_N, TURN_N, k // BLOCK_K, CHUNKS, CHUNK))
     pairs = n // BLOCK_N
     whole = halves[:, : 2 * pairs].unflatten(1, (pairs, 2)).permute(0, 1, 4, 2, 3, 5, 6)
@@ -29,13 +29,21 @@ def tiled(codes: Tensor) -> Tensor:
 
 def untiled(codes: Tensor) -> Tensor:
     """Inverse of `tiled`."""
-    experts, n, k = codes.shape
+    experts, n, k = _sizes(codes)
     pairs, blocks = n // BLOCK_N, k // BLOCK_K
     flat = codes.view(experts, n * k)
     whole = flat[:, : pairs * BLOCK_N * k].view(experts, pairs, blocks, 2, TURN_N, CHUNKS, CHUNK)
     rest = flat[:, pairs * BLOCK_N * k :].view(experts, n // TURN_N - 2 * pairs, blocks, TURN_N, CHUNKS, CHUNK)
     halves = torch.cat([whole.permute(0, 1, 3, 4, 2, 5, 6).flatten(1, 2), rest.permute(0, 1, 3, 2, 4, 5)], dim=1)
     return _swizzled(halves).view(experts, n, k)
+
+
+def _sizes(codes: Tensor) -> tuple[int, int, int]:
+    experts, n, k = codes.shape
+    for name, size, part in (("weight rows", n, TURN_N), ("weight columns", k, BLOCK_K)):
+        if size % part:
+            raise ValueError(f"{name} = {size} must be a multiple of {part}")
+    return experts, n, k
 
 
 def _swizzled(halves: Tensor) -> Tensor:

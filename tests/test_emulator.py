@@ -114,6 +114,8 @@ NO_END = "deadlock|no end|rank "
 FAULTS = (
     Fault("group-size", "factor = pow2(-e)", "factor = pow2(-e - 1)", "l2_acts"),
     Fault("scale-stride", "* shape.ring_rows, kBlockM * 4, full", "* kBlockM, kBlockM * 4, full", "l2_acts"),
+    Fault("half-tiles-apart", "k_block * width + half % 2;", "k_block + half % 2 * blocks;", "l2_acts"),
+    Fault("odd-half-lost", "halves = n / gemm::kTurnN,", "halves = n / gemm::kBlockN * 2,", "slots", narrow(2, (60,))),
     Fault("scale-kind", "((scaled & 0x7FFFFF) != 0 ? 1 : 0)", "0", "l2_acts"),
     Fault("clamp-form", "gate = fminf(gate, p.clamp);", "gate = fmaxf(fminf(gate, p.clamp), -p.clamp);", "l2_acts"),
     Fault("weight-slot", "[row] = r.at<float>(source, l.topk_weights)[entry]", "[row] = 1.0f", "l2_acts"),

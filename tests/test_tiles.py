@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from kernel import api
 from kernel.tiles import tiled, untiled
@@ -14,27 +15,58 @@ from quant.cast import interleave_gate_up
 SIZES = st.integers(1, 5).map(lambda n: n * 128)
 
 
-def place(n: int, k: int, row: int, column: int) -> int:
-    """Where byte (row, column) of an expert's [n, k] stands, by hand."""
-    half, blocks = row // 128, k // 128
-    pair, second = divmod(half, 2)
-    width = 2 if 2 * pair + 1 < n // 128 else 1
-    tile = 2 * pair * blocks + column // 128 * width + second
+def place(n: int, k: int, row: Tensor, column: Tensor) -> Tensor:
+    """Where bytes (row, column) of an expert's [n, k] stand, by hand."""
+    blocks, pair, second = k // 128, row // 256, row // 128 % 2
+    alone = (n % 256 != 0) & (row >= n - 128)
+    tile = 2 * pair * blocks + torch.where(alone, column // 128, column // 128 * 2 + second)
     chunk = column % 128 // 16 ^ row % 8
     return tile * 128 * 128 + row % 128 * 128 + chunk * 16 + column % 16
 
 
-@pytest.mark.parametrize("n", [128, 256, 384], ids=lambda n: f"n{n}")
-@pytest.mark.parametrize("k", [128, 256], ids=lambda k: f"k{k}")
+def test_places_by_hand() -> None:
+    """Of [384, 256]: 4 half tiles of the first 256 rows, 2 of the last 128; chunks by the row."""
+    half = 128 * 128
+    wanted = {
+        (0, 0): 0,
+        (0, 127): 127,
+        (1, 0): 128 + 16,
+        (1, 17): 128 + 1,
+        (6, 0): 6 * 128 + 6 * 16,
+        (8, 5): 8 * 128 + 5,
+        (127, 112): 127 * 128,
+        (128, 0): half,
+        (0, 128): 2 * half,
+        (128, 128): 3 * half,
+        (256, 0): 4 * half,
+        (256, 128): 5 * half,
+        (383, 255): 6 * half - 128 + 15,
+    }
+    row, column = torch.tensor([*wanted]).T
+    assert place(384, 256, row, column).tolist() == [*wanted.values()]
+
+
+def test_chunks_of_a_half_tile() -> None:
+    """All 128 rows x 8 chunks: row r has chunk c at c XOR (r mod 8), and its bytes in their order."""
+    codes = torch.arange(128 * 8, dtype=torch.int16).repeat_interleave(8).view(torch.uint8)
+    found = tiled(codes.view(1, 128, 128)).view(torch.int16).view(128, 8, 8)
+    for row in range(128):
+        for chunk in range(8):
+            assert found[row, chunk ^ (row % 8)].tolist() == [8 * row + chunk] * 8
+
+
+@given(SIZES, SIZES)
 def test_every_byte_stands_where_the_kernel_looks(n: int, k: int) -> None:
     """Places are told apart by three bytes each."""
     numbers = torch.arange(2 * n * k)
+    row, column = numbers[: n * k] // k, numbers[: n * k] % k
+    where = place(n, k, row, column)
+    assert torch.equal(where.sort().values, numbers[: n * k])
     for shift in (0, 8, 16):
         codes = (numbers >> shift & 0xFF).to(torch.uint8).view(2, n, k)
         found = tiled(codes)
         assert found.shape == codes.shape
         wanted = torch.empty_like(codes).view(2, n * k)
-        where = torch.tensor([place(n, k, row, column) for row in range(n) for column in range(k)])
         wanted[:, where] = codes.view(2, n * k)
         assert torch.equal(found, wanted.view(2, n, k))
 
@@ -44,6 +76,13 @@ def test_no_byte_is_lost(experts: int, n: int, k: int, seed: int) -> None:
     codes = torch.randint(0, 256, (experts, n, k), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
     assert torch.equal(untiled(tiled(codes)), codes)
     assert torch.equal(tiled(untiled(codes)), codes)
+
+
+@pytest.mark.parametrize(("n", "k", "rule"), [(192, 128, "rows = 192"), (128, 64, "columns = 64")], ids=str)
+def test_sizes_that_make_no_tiles_are_refused(n: int, k: int, rule: str) -> None:
+    for order in (tiled, untiled):
+        with pytest.raises(ValueError, match=f"weight {rule} must be a multiple of 128"):
+            order(torch.zeros(1, n, k, dtype=torch.uint8))
 
 
 def test_transformed_weights() -> None:
