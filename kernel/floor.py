@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import typer
 
 from kernel import config
-from kernel.bench import points
+from kernel.bench import files, points
 from kernel.bench.load import ROUTINGS
 from kernel.roofline import CHIPS, RANKS, Chip, Load
 from reference.scheduler import l2_width
@@ -114,16 +113,16 @@ def floor_command(
         chosen = points.parse_tokens(tokens)
         assert chosen is not None
         points.known("--routing", [routing], ROUTINGS)
+        files.check_json(json_path)
     except points.UsageError as error:
         raise typer.BadParameter(str(error)) from None
     what = CHIPS[name]
     basis = MEASURED if what.measured else BY_MODEL
     rows = [row(what, shape, t, routing, seed) for shape in shapes.values() for t in chosen]
     result = {"chip": {"name": name, **asdict(what)}, "basis": basis, "configuration": CONFIGURATION, "rows": rows}
-    written = json.dumps(result, indent=1)
-    if json_path == "-":
-        print(written)
+    if json_path == files.STDOUT:
+        print(json.dumps(result, indent=1))
         return
     print(f"{name}, {what.sms} SMs, {basis}; {CONFIGURATION}, for every shape and T\n{text(rows)}")
     if json_path:
-        Path(json_path).write_text(written + "\n")
+        files.write_json(result, json_path)

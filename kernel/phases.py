@@ -24,7 +24,6 @@ import statistics
 import sys
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 from unittest import mock
 
@@ -33,8 +32,9 @@ import typer
 from torch import Tensor
 
 from kernel import api, build
-from kernel.bench import points
+from kernel.bench import files, points
 from kernel.bench.load import ROUTINGS, Layer
+from kernel.bench.sweep import provenance
 from kernel.bench.timer import WARM_UPS, Timer, captured
 from kernel.build import Built, EnvironmentMissing
 from kernel.launch import Library
@@ -199,13 +199,12 @@ def run(
     shapes: dict[str, Shape], tokens: tuple[int, ...], routing: str, repeats: int, seed: int
 ) -> Iterator[dict[str, Any]]:
     """A row for each shape and T. Raises EnvironmentMissing without an SM90 GPU."""
-    device = api.require_device()
     for name, shape in shapes.items():
         layer = Layer(shape, max(points.CAPACITY, *tokens), seed, points.CLAMP, True)
         with marking(layer.buffer) as blocks:
             for t in tokens:
                 found = measure(layer, t, routing, repeats, blocks)
-                yield {"preset": name, "T": t, "routing": routing, "device": device.name, **found.as_dict()}
+                yield {"preset": name, "T": t, "routing": routing, **found.as_dict()}
         layer.buffer.destroy()
         del layer  # the next one's weights need the room
 
@@ -228,8 +227,9 @@ def phases_command(
         chosen = points.parse_tokens(tokens)
         assert chosen is not None
         points.known("--routing", [routing], ROUTINGS)
-        tables = sys.stderr if json_path == "-" else sys.stdout
-        rows = []
+        files.check_json(json_path)
+        tables = sys.stderr if json_path == files.STDOUT else sys.stdout
+        source, rows = provenance(api.require_device()), []
         for row in run(shapes, chosen, routing, repeats, seed):
             print(text(row), file=tables, flush=True)
             rows.append(row)
@@ -241,9 +241,8 @@ def phases_command(
     print(f"{SCALE}\n{COST}", file=tables)
     if json_path is None:
         return
-    result = {"scale": SCALE, "cost": COST, "sources_sha256": build.sources_sha256(), "rows": rows}
-    written = json.dumps(result, indent=1)
-    if json_path == "-":
-        print(written)
+    result = {**source, "scale": SCALE, "cost": COST, "rows": rows}
+    if json_path == files.STDOUT:
+        print(json.dumps(result, indent=1))
     else:
-        Path(json_path).write_text(written + "\n")
+        files.write_json(result, json_path)

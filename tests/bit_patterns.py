@@ -24,7 +24,15 @@ SPECIAL = (
     *(0x7F800001, 0x7FBFFFFF, 0x7FC00000, 0x7FFFFFFF),  # NaN
 )
 """Magnitudes; every one counts with both signs."""
-NAN = 0x7FFFFFFF
+NAN, INF, MINUS = 0x7FFFFFFF, 0x7F800000, 0x80000000
+
+
+def bits(x: Tensor) -> list[int]:
+    return f32_bits(x).reshape(-1).tolist()
+
+
+def floats(*patterns: int) -> Tensor:
+    return f32_from_bits(torch.tensor(patterns))
 
 
 def specials() -> Tensor:

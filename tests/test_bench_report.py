@@ -9,15 +9,21 @@ from typing import Any
 import pytest
 
 from kernel import __main__ as cli
-from kernel.bench import report
-from kernel.bench.targets import TARGETS, Target, verdict, with_kept
-from kernel.build import EnvironmentMissing
+from kernel.bench import report, results
+from kernel.bench.targets import TARGETS, Target, verdict, with_share_before
+from kernel.build import EnvironmentMissing, sources_sha256
 from tests import command_line
 
 ROW = {"preset": "dsv4_flash", "routing": "folded", "regime": "l2 flushed", "granularity": 64, "T": 1, "us": 74.67}
 ROW |= {"tflops": 4.04, "hbm_gb_s": 2025, "share_floor": 0.625, "share_read": 0.562, "share_compute": 0.634}
-ROW |= {"ratio_best": 1.156}
-RUN = {"device": "NVIDIA H200", "driver": "580", "date": "2026-11-24"}
+ROW |= {"us_spread": 0.5, "ratio_best": 1.156, "ratio_pr323": 1.156, "ratio_pr383": None}
+RUN = {
+    "device": "NVIDIA H200",
+    "driver": "580",
+    "date": "2026-11-24",
+    "versions": {},
+    "sources_sha256": sources_sha256(),
+}
 SWEEP = RUN | {"what": "one rank; median of 20, us_spread is half", "method": "profiler", "regime": "l2 flushed"}
 EMPTY = f"# title\n\n{report.START}\n{report.END}\n\nthe end\n"
 
@@ -29,7 +35,7 @@ def sweep(*rows: dict[str, Any]) -> dict[str, Any]:
 def said(text: str, rows: list[dict[str, Any]], result: str = "sweep") -> tuple[int, int, str]:
     """What the one target whose text begins so says of these rows."""
     (target,) = (target for target in TARGETS if target.text.startswith(text) and target.result == result)
-    return verdict(target, with_kept([ROW | row for row in rows]))
+    return verdict(target, with_share_before([ROW | row for row in rows]))
 
 
 class TestRender:
@@ -56,31 +62,37 @@ class TestRender:
         assert not any(word in text for word in ("| distinct", "| sustained", "| scales per 128", "cuBLASLt |"))
 
     def test_other_files_have_theirs(self) -> None:
-        results = {
+        found = {
             "sweep": sweep({}),
-            "distinct": {"rows": [ROW | {"routing": "distinct", "us": 68.11, "ratio_best": 0.94}]},
-            "sustained": {"rows": [ROW | {"regime": "sustained", "us": 63.65}]},
-            "granularity_128": {"rows": [ROW | {"granularity": 128, "us": 72.74, "ratio_best": 1.126}]},
-            "dense": {
+            "distinct": RUN | {"rows": [ROW | {"routing": "distinct", "us": 68.11, "ratio_best": 0.94}]},
+            "sustained": RUN | {"rows": [ROW | {"regime": "sustained", "us": 63.65}]},
+            "granularity_128": RUN | {"rows": [ROW | {"granularity": 128, "us": 72.74, "ratio_best": 1.126}]},
+            "dense": RUN
+            | {
                 "rows": [
                     {"group": group, "m": 8192, "n": 4096, "k": 2048, "tflops": tflops, "cublaslt_tflops": 1250}
                     for group, tflops in ((128, 987), (64, 842))
                 ]
             },
         }
-        text = report.render(results)
+        text = report.render(found)
         assert "| distinct routing, us | 68.1 |" in text
         assert "| distinct routing, of the best | 0.94 |" in text
         assert "| sustained, us | 63.6 |" in text
         assert "| scales per 128, us | 72.7 |" in text
         assert "| scales per 128, of the best | 1.13 |" in text
         assert "| 8192 x 4096 x 2048 | 987 | 842 | 1,250 |" in text
-        assert "| the same, distinct routing | 1 of 1 points |  |" in text
+        assert "| distinct routing, of the best: at most 1 | 1 of 1 points |  |" in text
 
     def test_other_presets_are_folded_away(self) -> None:
         text = report.render({"sweep": sweep({"preset": "glm"}, {})})
         assert "<details>\n<summary>glm</summary>\n\n| glm, T | 1 |" in text
         assert text.count("<details>") == text.count("</details>") == 1
+
+    def test_a_share_is_shown_where_it_binds(self) -> None:
+        text = report.render({"sweep": sweep(*({"T": tokens} for tokens in report.TOKENS))})
+        assert "| of the plain read | 0.56 | 0.56 | 0.56 | 0.56 | 0.56 |  |  |  |  |" in text
+        assert "| of our dense GEMMs |  |  |  |  | 0.63 | 0.63 | 0.63 | 0.63 | 0.63 |" in text
 
     def test_nothing_measured(self) -> None:
         assert report.render({}).startswith("No time of the kernel is quoted here")
@@ -129,7 +141,10 @@ class TestTargets:
     @pytest.mark.parametrize("target", TARGETS, ids=lambda target: f"{target.text} {target.result}")
     def test_a_target_has_one_limit_and_a_result(self, target: Target) -> None:
         assert (target.most is None) != (target.least is None)
-        assert target.result in report.POINTS
+        assert target.result in results.POINTS
+
+    def test_no_two_targets_read_alike(self) -> None:
+        assert len({target.text for target in TARGETS}) == len(TARGETS)
 
 
 class TestCommand:
@@ -151,7 +166,7 @@ class TestCommand:
         assert "not of kernel/results/*.json: README.md, kernel/results/sweep.svg; python -m kernel report" in text
         assert report.README.read_text() == EMPTY
         assert self.invoke() == (0, "written: README.md, kernel/results/sweep.svg\n")
-        rendered = report.render(report.read(tmp_path))
+        rendered = report.render(results.read(tmp_path))
         assert report.README.read_text() == EMPTY.replace(report.START, f"{report.START}\n{rendered}")
         assert self.invoke("--check")[0] == 0
         assert self.invoke() == (0, "README.md and its picture are of kernel/results/*.json\n")
@@ -207,9 +222,30 @@ class TestCommand:
         ("name", "text", "message"),
         [
             ("dense.json", "{", "dense.json is damaged"),
-            ("dense.json", "[]", "dense.json is damaged: a result has rows"),
+            ("dense.json", "[]", "dense.json is damaged: a result is an object"),
+            ("dense.json", json.dumps(RUN | {"what": "", "rows": []}), "dense.json is damaged: a result has rows"),
+            (
+                "dense.json",
+                json.dumps(RUN | {"what": "", "rows": [1]}),
+                "dense.json is damaged: row 0: it is no object",
+            ),
+            (
+                "phases.json",
+                json.dumps(RUN | {"rows": [{"T": 1}]}),
+                "row 0: clock_mhz, preset, roles, routing, us missing",
+            ),
+            ("other.json", json.dumps(sweep({})), "other.json is none of sweep.json, distinct.json"),
+            ("sweep.json", json.dumps(RUN | {"rows": [ROW]}), "sweep.json is damaged: method, regime, what missing"),
+            (
+                "sweep.json",
+                json.dumps(sweep({}) | {"sources_sha256": "0"}),
+                "sweep.json is stale, of other kernel sources",
+            ),
+            ("sweep.json", json.dumps(sweep({}) | {"complete": False}), "sweep.json: the run was cut short"),
+            ("sweep.json", json.dumps(sweep({}) | {"failed": ["T=1: no"]}), "or a point failed; measure again"),
+            ("sweep.json", json.dumps(sweep({}, {})), "sweep.json has 1 points twice, the first is dsv4_flash T = 1"),
             ("distinct.json", json.dumps(sweep({})), "distinct.json has no row of distinct, l2 flushed, 64"),
-            ("sweep.json", json.dumps(sweep()), "sweep.json has no row of folded, l2 flushed, 64"),
+            ("sweep.json", json.dumps(sweep({"granularity": 128})), "sweep.json has no row of folded, l2 flushed, 64"),
         ],
     )
     def test_a_damaged_result(self, tmp_path: Path, name: str, text: str, message: str) -> None:
@@ -218,6 +254,14 @@ class TestCommand:
         assert status == 1
         assert message in output
 
+    @pytest.mark.parametrize("key", ["device", "driver"])
+    def test_results_of_two_machines(self, tmp_path: Path, key: str) -> None:
+        distinct = sweep({"routing": "distinct"}) | {key: "another"}
+        (tmp_path / "distinct.json").write_text(json.dumps(distinct))
+        message = f"distinct.json has {key} 'another'; it must be sweep.json's, {RUN[key]!r}\n"
+        assert self.invoke() == (1, message)
+
     def test_the_sweep_is_missing(self, tmp_path: Path) -> None:
-        (tmp_path / "sweep.json").rename(tmp_path / "dense.json")
-        assert self.invoke() == (1, "sweep.json is missing beside dense.json\n")
+        (tmp_path / "sweep.json").write_text(json.dumps(sweep({"routing": "distinct"})))
+        (tmp_path / "sweep.json").rename(tmp_path / "distinct.json")
+        assert self.invoke() == (1, "sweep.json is missing beside distinct.json\n")

@@ -8,18 +8,17 @@ import sys
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from golden import atomic
 from kernel import floor
 from kernel.bench import plot
+from kernel.bench.results import POINTS, ReportError, Results, chosen, read
 from kernel.bench.rows import Row
-from kernel.bench.targets import TARGETS, verdict, with_kept
-from kernel.bench.timer import REGIMES
+from kernel.bench.targets import TARGETS, verdict
 from kernel.build import FOLDER, EnvironmentMissing
-from kernel.config import GROUP
 from kernel.roofline import CHIPS
 from quant.recipe import SHAPES
 
@@ -30,13 +29,8 @@ TOKENS = (1, 8, 32, 128, 512, 1024, 2048, 4096, 8192)
 """Columns of a table; the targets look at every T that was measured."""
 OPEN = ("dsv4_flash", "dsv4_pro")
 """Presets whose table is not folded away."""
-POINTS = {
-    "sweep": ("folded", REGIMES["flush"], GROUP),
-    "distinct": ("distinct", REGIMES["flush"], GROUP),
-    "sustained": ("folded", REGIMES["sustained"], GROUP),
-    "granularity_128": ("folded", REGIMES["flush"], 128),
-}
-"""Name of a result -> routing, regime and granularity of the rows that it is read for."""
+BINDS = {"share_read": (1, 512), "share_compute": (512, 8192)}
+"""Column -> least and largest T at which it says something: the other one limits elsewhere."""
 LINES = (
     ("us", "sweep", "us"),
     ("TFLOP/s", "sweep", "tflops"),
@@ -54,45 +48,18 @@ LINES = (
 """(line of a preset's table, result, column)."""
 UNMEASURED = "H20 by model, not measured: floor, us"
 NOTHING = "No time of the kernel is quoted here: none was measured with the present sources."
-LEGEND = (
-    "Shares are a time over ours, so that 1 is as fast: of the model's floor; of a plain read of as many bytes and of "
-    "our dense GEMMs of the same M, N and K, both in turn with the kernel. Of the best: our time over that of the "
-    "faster one of PR 323 and PR 383; below 1 is faster. TFLOP/s count useful work, no padding. Blank: not measured."
-)
-DENSE = "The main loop alone (`python -m kernel dense`), TFLOP/s; cuBLASLt with one scale a tensor:"
+LEGEND = """\
+Routing is folded unless a line says distinct: top-K of all ranks' experts, modulo this rank's, which touches a few per
+cent fewer experts than K distinct ones. Sustained: back to back, L2 not flushed. Shares are a time over ours, so that 1
+is as fast: of the model's floor; of a plain read of as many bytes (shown up to T = 512) and of our dense GEMMs of M =
+T*K rows, N and K of the layer (from 512), both in turn with the kernel. Of the best: our time over that of the faster
+one of PR 323 and PR 383, below 1 is faster; their times, of other runs, and where they are from stand in
+kernel/peers_h200.json (PR 383 accumulates in BF16 at most sizes). TFLOP/s count useful work, no padding. Blank: not
+measured."""
+DENSE = """\
+The main loop alone (`python -m kernel dense`), TFLOP/s by CUDA events; ours with float32 output, cuBLASLt with one
+scale a tensor and BF16 output:"""
 MISSES = "Targets, at every T that was measured. Of misses: how many, the worst one, and each T."
-Results = Mapping[str, Mapping[str, Any]]
-"""Name of a file, without .json -> what is in it."""
-
-
-class ReportError(Exception):
-    """A file is missing, damaged or stale; the message names it."""
-
-
-def read(folder: Path) -> dict[str, dict[str, Any]]:
-    """The results of a folder by name. Raises ReportError."""
-    found = {}
-    for path in sorted(folder.glob("*.json")):
-        try:
-            found[path.stem] = json.loads(path.read_text())
-        except ValueError as error:
-            raise ReportError(f"{path.name} is damaged: {error}") from error
-        if not (isinstance(found[path.stem], dict) and isinstance(found[path.stem].get("rows"), list)):
-            raise ReportError(f"{path.name} is damaged: a result has rows")
-    if found and "sweep" not in found:
-        raise ReportError(f"sweep.json is missing beside {', '.join(f'{name}.json' for name in found)}")
-    for name in POINTS.keys() & found.keys():
-        if not chosen(found, name):
-            raise ReportError(f"{name}.json has no row of {', '.join(map(str, POINTS[name]))}")
-    return found
-
-
-def chosen(results: Results, name: str) -> list[Row]:
-    """Rows of a result that it is read for, by preset as they come and by T; none of a result that is missing."""
-    rows = results[name]["rows"] if name in results else []
-    rows = [row for row in rows if (row.get("routing"), row.get("regime"), row.get("granularity")) == POINTS[name]]
-    presets = list(dict.fromkeys(row["preset"] for row in rows))
-    return with_kept(sorted(rows, key=lambda row: (presets.index(row["preset"]), row["T"])))
 
 
 def render(results: Results) -> str:
@@ -112,18 +79,19 @@ def render(results: Results) -> str:
 
 
 def _provenance(results: Results) -> str:
-    seen = [[result[key] for result in results.values() if key in result] for key in ("device", "driver", "date")]
-    device, driver, date = (" and ".join(dict.fromkeys(values)) for values in seen)
     sweep = results["sweep"]
+    dates = " and ".join(sorted({result["date"] for result in results.values()}))
     what = sweep["what"].partition(", us_spread")[0]
     flushed = sweep["regime"].replace("l2", "L2")
-    return f"**Time.** {device}, driver {driver}, {date}: {what}; {sweep['method']}; {flushed}."
+    return f"**Time.** {sweep['device']}, driver {sweep['driver']}, {dates}: {what}; {sweep['method']}; {flushed}."
 
 
 def _preset(rows: Mapping[str, list[Row]], preset: str) -> str:
     lines = []
     for label, name, column in LINES:
-        points = {row["T"]: row.get(column) for row in rows[name] if row["preset"] == preset}
+        first, last = BINDS.get(column, (1, max(TOKENS)))
+        own = [row for row in rows[name] if row["preset"] == preset and first <= row["T"] <= last]
+        points = {row["T"]: row[column] for row in own}
         cells = [_cell(column, points.get(tokens)) for tokens in TOKENS]
         lines += [[label, *cells]] if any(cells) else []
     lines += [[UNMEASURED, *_floors(preset)]] if preset in SHAPES else []

@@ -17,7 +17,7 @@ the card is not hot from the launch before. With 1 GiB the same GEMM ran up to 1
 TURN = 2
 """Launches of a flushed turn where calls take turns, of which the last counts: the first brings back the call's code,
 which the other calls displaced from the instruction caches. So a time is that of the kernel alone, as the peers' are.
-On an H200 the fused kernel took 74.7 us at T=1 straight after the yardsticks, 69 alone; at T=8 194 and 183."""
+On an H200 an earlier build took 74.7 us at T=1 straight after the yardsticks, 69 alone; at T=8 194 and 183."""
 ROUNDS = 3
 """In the sustained regime the calls take turns as often, each back to back for a while."""
 SUSTAINED_US, MOST_LAUNCHES = 200_000, 1000

@@ -2,52 +2,69 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+import re
 
 import pytest
 
-from kernel.bench import report
+from kernel.bench import report, results
 from kernel.bench.points import PEERS
+from kernel.bench.rows import COLUMNS, Point, row
+from kernel.bench.timer import REGIMES
+from kernel.bench.yardsticks import DENSE, READ
 from kernel.build import sources_sha256
+from kernel.roofline import Load
+from quant.recipe import SHAPES
 from tests.meta.runs import ROOT
 
-PATHS = sorted(report.RESULTS.glob("*.json"))
-RUN = {"what", "device", "driver", "versions", "date", "rows"}
-"""Keys of a result."""
-POINT = {"preset", "T", "routing", "regime", "granularity", "us", "us_spread", "tflops", "hbm_gb_s", "share_floor"}
-POINT |= {"share_read", "share_compute", "ratio_best"}
-COLUMNS = dict.fromkeys(report.POINTS, POINT) | {
-    "dense": {"group", "m", "n", "k", "us", "tflops", "cublaslt_us", "cublaslt_tflops"},
-    "phases": {"preset", "T", "routing", "device", "us", "clock_mhz", "roles"},
-}
-KEYS = {"phases": {"scale", "cost", "rows"}}
+LAST_DIGIT = {"tflops": 0.1, "tflops_adjusted": 0.1, "hbm_gb_s": 1, "reduction_us": 0.02}
+"""Of what follows from a time that is rounded itself; of shares and ratios 0.001."""
+GIVEN = {"us_spread", "clock_mhz", "power_w"}
+"""What does not follow from the other columns."""
 
 
-@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
-def test_a_result_is_of_these_sources(path: Path) -> None:
-    result = json.loads(path.read_text())
-    assert result["sources_sha256"] == sources_sha256(), f"{path.name} is stale: measure again, or delete it"
-    assert KEYS.get(path.stem, RUN) <= set(result)
-    assert path.stem in COLUMNS, f"{path.name} is no result that the report knows"
-    assert result["rows"]
-    assert all(COLUMNS[path.stem] <= set(row) for row in result["rows"])
-    assert result.get("complete", True), f"{path.name}: the run was cut short"
-    assert not result.get("failed"), f"{path.name}: a point failed"
+def test_the_results_are_whole_and_of_these_sources() -> None:
+    """`read` refuses all others."""
+    results.read(report.RESULTS)
+
+
+@pytest.mark.parametrize("name", results.POINTS)
+def test_what_is_derived_follows_from_the_times(name: str) -> None:
+    """Rates, shares and ratios stand in a result beside the times, and what they follow from is no kernel source."""
+    regimes = {text: key for key, text in REGIMES.items()}
+    found = results.read(report.RESULTS).get(name, {"rows": []})["rows"]
+    for own in found:
+        shape = SHAPES[own["preset"]]
+        load = Load(shape.hidden, shape.intermediate, own["T"], own["rows"], own["touched"], own["granularity"])
+        point = Point(own["preset"], own["routing"], regimes[own["regime"]], load, own["clamp"], own["silu"])
+        times = {"fused": own["us"], **{each: own[f"{each}_us"] for each in (READ, *DENSE.values())}}
+        again = row(point, {each: [us, us] for each, us in times.items() if us is not None})
+        for column in COLUMNS.keys() - GIVEN:
+            value, wanted = own[column], again[column]
+            if isinstance(wanted, int | float):
+                wanted = pytest.approx(wanted, abs=1.01 * LAST_DIGIT.get(column, 0.001), rel=0)
+            assert value == wanted, (own["preset"], own["T"], column)
 
 
 def test_the_sweep_has_every_column_of_the_tables() -> None:
-    results = report.read(report.RESULTS)
-    if results:
-        points = {(row["preset"], row["T"]) for row in report.chosen(results, "sweep")}
+    found = results.read(report.RESULTS)
+    if found:
+        points = {(own["preset"], own["T"]) for own in results.chosen(found, "sweep")}
         assert {(preset, tokens) for preset in PEERS["shapes"] for tokens in report.TOKENS} <= points
 
 
+def test_runs_that_the_readme_reports_are_of_these_sources() -> None:
+    """Beside times it reports what passed on a GPU, with the digest's first digits: run again, or take it out."""
+    readme = (ROOT / "README.md").read_text()
+    assert set(re.findall(r"with sources `(\w+)`", readme)) <= {sources_sha256()[:12]}
+    if "| the gate | `pytest" in readme:
+        assert f"with sources `{sources_sha256()[:12]}`:" in readme
+
+
 def test_the_readme_quotes_the_results() -> None:
-    results = report.read(report.RESULTS)
+    found = results.read(report.RESULTS)
     before, between, after = report.section((ROOT / "README.md").read_text())
-    assert between == report.render(results), "python -m kernel report"
-    assert report.drawn(results, report.RESULTS / report.PICTURE), "python -m kernel report"
-    if not results:  # none is of these sources
+    assert between == report.render(found), "python -m kernel report"
+    assert report.drawn(found, report.RESULTS / report.PICTURE), "python -m kernel report"
+    if not found:  # none is of these sources
         assert "No time of the kernel is quoted here" in between
         assert "TFLOP/s" not in before + after

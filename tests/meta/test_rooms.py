@@ -66,8 +66,8 @@ def test_shared_names_are_defined_in_both_wings(room: str) -> None:
 
 
 def test_both_wings_have_the_same_tile_and_groups() -> None:
-    kernel = config.BLOCK_M, config.BLOCK_N, config.GROUP_BLOCKS
-    assert kernel == (layout.BLOCK_M, scheduler.BLOCK_N, scheduler.GROUP_BLOCKS)
+    kernel = config.BLOCK_M, config.BLOCK_N, config.TURN_N, config.GROUP_BLOCKS
+    assert kernel == (layout.BLOCK_M, scheduler.BLOCK_N, scheduler.TURN_N, scheduler.GROUP_BLOCKS)
 
 
 def test_a_call_is_no_definition() -> None:

@@ -1,0 +1,91 @@
+"""The committed results, kernel/results/*.json: what each holds, and what makes one unfit to be quoted."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kernel.bench.rows import Row
+from kernel.bench.targets import with_share_before
+from kernel.bench.timer import REGIMES
+from kernel.build import sources_sha256
+from kernel.config import GROUP
+
+POINTS = {
+    "sweep": ("folded", REGIMES["flush"], GROUP),
+    "distinct": ("distinct", REGIMES["flush"], GROUP),
+    "sustained": ("folded", REGIMES["sustained"], GROUP),
+    "granularity_128": ("folded", REGIMES["flush"], 128),
+}
+"""Name of a result -> routing, regime and granularity of the rows that it is read for."""
+RUN = {"device", "driver", "versions", "date", "sources_sha256", "rows"}
+"""Keys of every result."""
+POINT = {"preset", "T", "routing", "regime", "granularity", "us", "us_spread", "tflops", "hbm_gb_s", "share_floor"}
+POINT |= {"share_read", "share_compute", "ratio_pr323", "ratio_pr383", "ratio_best"}
+COLUMNS = dict.fromkeys(POINTS, POINT) | {
+    "dense": {"group", "m", "n", "k", "us", "tflops", "cublaslt_us", "cublaslt_tflops"},
+    "phases": {"preset", "T", "routing", "us", "clock_mhz", "roles"},
+}
+"""Every result that is known -> what its rows hold at least."""
+KEYS = {"sweep": {"what", "method", "regime"}, "dense": {"what"}}
+"""What is quoted of a result beside its rows."""
+Results = Mapping[str, Mapping[str, Any]]
+"""Name of a file, without .json -> what is in it."""
+
+
+class ReportError(Exception):
+    """A file is missing, damaged, cut short or stale; the message names it."""
+
+
+def read(folder: Path) -> dict[str, dict[str, Any]]:
+    """The results of a folder by name. Raises ReportError."""
+    found = {path.stem: _read_one(path) for path in sorted(folder.glob("*.json"))}
+    if found and "sweep" not in found:
+        raise ReportError(f"sweep.json is missing beside {', '.join(f'{name}.json' for name in found)}")
+    for name in POINTS.keys() & found.keys():
+        if not chosen(found, name):
+            raise ReportError(f"{name}.json has no row of {', '.join(map(str, POINTS[name]))}")
+    for name, result in found.items():
+        for key in ("device", "driver"):
+            if (own := result[key]) != (wanted := found["sweep"][key]):
+                raise ReportError(f"{name}.json has {key} {own!r}; it must be sweep.json's, {wanted!r}")
+    return found
+
+
+def _read_one(path: Path) -> dict[str, Any]:
+    """Of the present sources, whole, with all that is quoted of it. Raises ReportError."""
+    try:
+        result = json.loads(path.read_text())
+    except ValueError as error:
+        raise ReportError(f"{path.name} is damaged: {error}") from error
+    if not isinstance(result, dict):
+        raise ReportError(f"{path.name} is damaged: a result is an object")
+    if path.stem not in COLUMNS:
+        raise ReportError(f"{path.name} is none of {', '.join(f'{name}.json' for name in COLUMNS)}")
+    if missing := sorted((RUN | KEYS.get(path.stem, set())) - set(result)):
+        raise ReportError(f"{path.name} is damaged: {', '.join(missing)} missing")
+    if not (isinstance(result["rows"], list) and result["rows"]):
+        raise ReportError(f"{path.name} is damaged: a result has rows")
+    for number, row in enumerate(result["rows"]):
+        if not isinstance(row, dict) or (missing := sorted(COLUMNS[path.stem] - set(row))):
+            what = f"{', '.join(missing)} missing" if isinstance(row, dict) else "it is no object"
+            raise ReportError(f"{path.name} is damaged: row {number}: {what}")
+    if result["sources_sha256"] != sources_sha256():
+        raise ReportError(f"{path.name} is stale, of other kernel sources: measure again, or delete it")
+    if not result.get("complete", True) or result.get("failed"):
+        raise ReportError(f"{path.name}: the run was cut short or a point failed; measure again")
+    return result
+
+
+def chosen(results: Results, name: str) -> list[Row]:
+    """Rows of a result that it is read for, by preset as they come and by T; none of a result that is missing."""
+    rows = results[name]["rows"] if name in results else []
+    rows = [row for row in rows if (row["routing"], row["regime"], row["granularity"]) == POINTS[name]]
+    twice = [key for key, count in Counter((row["preset"], row["T"]) for row in rows).items() if count > 1]
+    if twice:
+        raise ReportError(f"{name}.json has {len(twice)} points twice, the first is {twice[0][0]} T = {twice[0][1]}")
+    presets = list(dict.fromkeys(row["preset"] for row in rows))
+    return with_share_before(sorted(rows, key=lambda row: (presets.index(row["preset"]), row["T"])))
