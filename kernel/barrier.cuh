@@ -14,12 +14,23 @@ __device__ __noinline__ void give_up(Status* s, u32 rank, u32 block, Counter cou
     s->rank = rank, s->block = block, s->counter = counter, s->expected = expected, s->seen = seen;
 }
 
-// Spins until done(value of *address) with acquire at system scope. False: time is up, here or elsewhere.
-template <typename Done>
-__device__ __forceinline__ bool spin(const layout::Rank& r, const u32* address, Counter counter, u32 expected, Done done) {
+struct Nothing {
+    __device__ __forceinline__ void operator()() const {}
+};
+template <typename T>
+constexpr bool kIsNothing = false;
+template <>
+constexpr bool kIsNothing<Nothing> = true;
+
+// Spins until done(value of *address) with acquire at system scope, and does something else between two looks. False: time is
+// up, here or elsewhere.
+template <typename Done, typename Meanwhile = Nothing>
+__device__ __forceinline__ bool spin(const layout::Rank& r, const u32* address, Counter counter, u32 expected, Done done,
+                                     Meanwhile meanwhile = {}) {
     if (done(ptx::load_acquire(address))) return true;
     const u64 start = ptx::global_timer();
     for (u32 i = 1;; ++i) {
+        meanwhile();
         const u32 seen = ptx::load_acquire(address);
         if (done(seen)) return true;
         if (i % 64 == 0) {
@@ -81,10 +92,16 @@ __device__ __forceinline__ bool meet(const layout::Rank& r, Publish publish) {
 
 // Waits for a stage; gives up where the launch has failed. Copies under way are given time to land first, so that all
 // warps of the block take the same way: a warpgroup cannot multiply with a warp missing.
-__device__ __forceinline__ bool wait_stage(const layout::Rank& r, u64* full_or_empty, u32 parity) {
+template <typename Meanwhile = Nothing>
+__device__ __forceinline__ bool wait_stage(const layout::Rank& r, u64* full_or_empty, u32 parity, Meanwhile meanwhile = {}) {
     constexpr u64 kLandingNs = 10'000'000;
     u64 failed_at = 0;
-    for (u32 i = 1; !ptx::mbarrier_try_wait(full_or_empty, parity); ++i) {
+    const auto there = [&] {
+        if constexpr (kIsNothing<Meanwhile>) return ptx::mbarrier_try_wait(full_or_empty, parity);  // may sleep
+        else return ptx::mbarrier_test_wait(full_or_empty, parity);
+    };
+    for (u32 i = 1; !there(); ++i) {
+        meanwhile();
         if (i % 1024 != 0 || !failed(r.p)) continue;
         if (failed_at == 0) failed_at = ptx::global_timer();
         else if (ptx::global_timer() - failed_at > kLandingNs) return false;

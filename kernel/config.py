@@ -59,7 +59,7 @@ def ring_bytes() -> int:
 
 def shared_bytes() -> int:
     """sizeof(SharedStorage) of storage.cuh: the ring, the plan, rows in transit."""
-    tasks = aligned(ring_bytes() + 4 * (3 * MAX_EXPERTS + 2) + TASKS * 6 * 4, 8) + 3 * 8
+    tasks = aligned(ring_bytes() + 4 * (3 * MAX_EXPERTS + 2) + TASKS * 6 * 4, 8) + (3 + TASKS) * 8
     return aligned(aligned(tasks, 128) + DISPATCH_WARPS * aligned(TRANSIT_BYTES + 8, 128))
 
 

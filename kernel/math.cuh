@@ -37,7 +37,6 @@ __device__ __forceinline__ void prefetch_rows(const layout::Rank& r, const sched
 template <bool kFast>
 __device__ __forceinline__ void math_role(const layout::Rank& r, SharedStorage& s) {
     const u32 warpgroup = gemm::math_warpgroup(), row_of_64 = gemm::row_of_64();
-    const bool recycled = s.plan.first_block[r.p.shape.experts_local] > r.p.shape.ring_blocks;
     gemm::Place place;
     float sum[2][gemm::kSums];
     const auto share_of = [&](const scheduler::Task& task) {
@@ -78,11 +77,9 @@ __device__ __forceinline__ void math_role(const layout::Rank& r, SharedStorage& 
                 r.ring_row(task.block, row_in_block), column / kTurnN, r.p.shape.ring_rows, r.p.shape.intermediate);
         }
         phase::mark(r.p, task.l2 ? phase::kL2Epilogue : phase::kL1Epilogue);
-        if (task.l2 && !recycled) continue;
         if (!task.l2) ptx::fence_proxy_async_all();  // TMA reads what these threads wrote
-        ptx::named_barrier<1, 32 * gemm::kMathWarps>();
-        u32* counters = task.l2 ? r.block_l2_turns() : r.block_l1_turns();
-        if (threadIdx.x == 128) ptx::reduce_add_release(counters + task.block, task.columns / kTurnN);
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&s.finished[i % kTasks]);
     }
 }
 

@@ -26,6 +26,7 @@ __device__ __forceinline__ void moe(const Params& p) {
     if (threadIdx.x == 0) {
         s.ring.init();
         s.handover.init();
+        for (u64& finished : s.finished) ptx::mbarrier_init(&finished, gemm::kMathWarps);
         for (dispatch::Transit& transit : s.transit) ptx::mbarrier_init(&transit.arrived, 1);
         ptx::fence_mbarrier_init();
     }

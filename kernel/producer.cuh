@@ -11,9 +11,10 @@ using scheduler::kBoxRows;
 
 // Until a task's operands are there. GEMM 1: the rows of its pool block have arrived, and where their activations will stand
 // GEMM 2 has read the block before. GEMM 2: GEMM 1 has written all columns of the block.
-__device__ __forceinline__ bool wait_operands(const layout::Rank& r, const scheduler::Task& task) {
+template <typename Meanwhile>
+__device__ __forceinline__ bool wait_operands(const layout::Rank& r, const scheduler::Task& task, Meanwhile meanwhile) {
     const auto reaches = [&](const u32* counter, barrier::Counter kind, u32 expected) {
-        return barrier::spin(r, counter, kind, expected, [&](u32 seen) { return seen >= expected; });
+        return barrier::spin(r, counter, kind, expected, [&](u32 seen) { return seen >= expected; }, meanwhile);
     };
     const u32 ring = r.p.shape.ring_blocks;
     bool ready;
@@ -28,17 +29,56 @@ __device__ __forceinline__ bool wait_operands(const layout::Rank& r, const sched
     return ready;
 }
 
+// What the math warpgroups have finished, task by task, is told to the blocks that wait for it: here, since a release takes
+// microseconds, in which nothing would be multiplied.
+struct Reporter {
+    const layout::Rank& r;
+    SharedStorage& s;
+    bool recycled;  // blocks take the place of others in the ring
+    u32 reported = 0;
+
+    __device__ __forceinline__ Reporter(const layout::Rank& rank, SharedStorage& storage)
+        : r(rank), s(storage), recycled(s.plan.first_block[r.p.shape.experts_local] > r.p.shape.ring_blocks) {}
+
+    __device__ __forceinline__ u64* finished() const { return &s.finished[reported % kTasks]; }
+    __device__ __forceinline__ u32 parity() const { return reported / kTasks & 1; }
+
+    __device__ __forceinline__ void report() {
+        const scheduler::Task& task = s.tasks[reported++ % kTasks];
+        if (task.l2 && !recycled) return;
+        u32* turns = task.l2 ? r.block_l2_turns() : r.block_l1_turns();
+        ptx::reduce_add_release(turns + task.block, task.columns / scheduler::kTurnN);
+    }
+
+    __device__ __forceinline__ void operator()() {
+        if (ptx::mbarrier_test_wait(finished(), parity())) report();
+    }
+
+    // All tasks before number `end`. False: the launch has failed.
+    __device__ __forceinline__ bool catch_up(u32 end) {
+        while (static_cast<int>(end - reported) > 0) {
+            if (!wait_stage(r, finished(), parity())) return false;
+            report();
+        }
+        return true;
+    }
+};
+
 // Finds the block's tasks and waits for their operands, one task ahead of the producer: looking up, asking and ordering take
-// microseconds, in which no load would start.
+// microseconds, in which no load would start. Meanwhile it reports what is finished.
 __device__ __forceinline__ void scout_role(const layout::Rank& r, SharedStorage& s) {
+    Reporter reporter(r, s);
+    const auto meanwhile = [&] { reporter(); };
     u32 tile = r.block;
     for (u32 i = 0;; ++i) {
+        if (!reporter.catch_up(i + 1 - min(i + 1, kTasks))) return;
         scheduler::Task& task = s.tasks[i % kTasks];
         scheduler::task_of(r, s.plan, tile, task);
         ptx::mbarrier_arrive(&s.handover.known);
-        if (task.rows == 0 || !wait_operands(r, task)) return;
+        if (task.rows == 0) reporter.catch_up(i);
+        if (task.rows == 0 || !wait_operands(r, task, meanwhile)) return;
         ptx::mbarrier_arrive(&s.handover.ready);
-        if (!wait_stage(r, &s.handover.wanted, i & 1)) return;
+        if (!wait_stage(r, &s.handover.wanted, i & 1, meanwhile)) return;
         tile = scheduler::next_tile(r);
     }
 }

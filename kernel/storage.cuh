@@ -26,6 +26,7 @@ struct SharedStorage {
     scheduler::Plan plan;
     scheduler::Task tasks[kTasks];
     Handover handover;
+    u64 finished[kTasks];  // a phase of each for every kTasks tasks: all math warps have written what is theirs
     dispatch::Transit transit[kDispatchWarps];
 };
 
