@@ -77,7 +77,6 @@ __device__ __forceinline__ void math_role(const layout::Rank& r, SharedStorage& 
                 r.ring_row(task.block, row_in_block), column / kTurnN, r.p.shape.ring_rows, r.p.shape.intermediate);
         }
         phase::mark(r.p, task.l2 ? phase::kL2Epilogue : phase::kL1Epilogue);
-        if (!task.l2) ptx::fence_proxy_async_all();  // TMA reads what these threads wrote
         __syncwarp();
         if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&s.finished[i % kTasks]);
     }
