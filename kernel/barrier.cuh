@@ -17,10 +17,6 @@ __device__ __noinline__ void give_up(Status* s, u32 rank, u32 block, Counter cou
 struct Nothing {
     __device__ __forceinline__ void operator()() const {}
 };
-template <typename T>
-constexpr bool kIsNothing = false;
-template <>
-constexpr bool kIsNothing<Nothing> = true;
 
 // Spins until done(value of *address) with acquire at system scope, and does something else between two looks. False: time is
 // up, here or elsewhere.
@@ -96,11 +92,7 @@ template <typename Meanwhile = Nothing>
 __device__ __forceinline__ bool wait_stage(const layout::Rank& r, u64* full_or_empty, u32 parity, Meanwhile meanwhile = {}) {
     constexpr u64 kLandingNs = 10'000'000;
     u64 failed_at = 0;
-    const auto there = [&] {
-        if constexpr (kIsNothing<Meanwhile>) return ptx::mbarrier_try_wait(full_or_empty, parity);  // may sleep
-        else return ptx::mbarrier_test_wait(full_or_empty, parity);
-    };
-    for (u32 i = 1; !there(); ++i) {
+    for (u32 i = 1; !ptx::mbarrier_try_wait(full_or_empty, parity); ++i) {
         meanwhile();
         if (i % 1024 != 0 || !failed(r.p)) continue;
         if (failed_at == 0) failed_at = ptx::global_timer();

@@ -12,7 +12,7 @@ THRESHOLDS = (64, 128)
 """Rows an expert beyond which its work is shared out otherwise: by rows and not by columns; in a second pool block."""
 THREADS = 384
 TURN_N = 128
-"""`kTurnN` of gemm.cuh: weight rows of one TMA box, and of one chain of a math warpgroup."""
+"""`kTurnN` of gemm.cuh: weight rows of a half tile, and of one chain of a math warpgroup."""
 DISPATCH_WARPS, TRANSIT_BYTES = 2, 4096
 """`kDispatchWarps` of storage.cuh and `kChunk` of dispatch.cuh."""
 BOX_ROWS = 32

@@ -3,7 +3,7 @@
 //   all threads      announce the routed rows, meet all ranks, plan                    dispatch, barrier, scheduler
 //   warp 0           TMA producer: operands of each task into the ring                 producer
 //   warps 1, 2       pull rows of peers into the pool                                  dispatch      Eq. (1)
-//   warp 3           scout: the next task, and when its operands are there             producer, scheduler
+//   warp 3           scout: the next task, when its operands are there, what is done   producer, scheduler
 //   warps 4 - 11     two math warpgroups: GEMM 1, SwiGLU, cast; GEMM 2, scatter        math, gemm, swiglu, scatter  Eq. (2) - (7)
 //   all threads      meet all ranks, sum the slots, clean the counters                 combine       Eq. (8)
 #include "combine.cuh"

@@ -5,6 +5,8 @@ A half tile is 128 rows x 128 bytes of K: 16 KB that one copy brings. `half_tile
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -18,9 +20,23 @@ def tiled(codes: Tensor) -> Tensor:
     """uint8 [E, N, K] -> the same bytes as [E][N / 256][K / 128][2][128][128], the half tiles swizzled.
 
     Where N is an odd multiple of 128 the last 128 rows follow as [K / 128][128][128]. The shape stays [E, N, K].
+    Raises ValueError.
     """
-    experts, n, k = _sizes(codes)
-    halves = _swizzled(codes.view(experts, n // TURN_N, TURN_N, k // BLOCK_K, CHUNKS, CHUNK))
+    return by_expert(_tiled, codes)
+
+
+def by_expert(order: Callable[[Tensor], Tensor], codes: Tensor) -> Tensor:
+    """`order` of each expert [1, N, K] in turn: beside the result there is only memory for one of them."""
+    out = torch.empty_like(codes, memory_format=torch.contiguous_format)
+    _sizes(codes)
+    for expert in range(codes.shape[0]):
+        out[expert] = order(codes[expert : expert + 1])[0]
+    return out
+
+
+def _tiled(codes: Tensor) -> Tensor:
+    experts, n, k = codes.shape
+    halves = _swizzled(codes.reshape(experts, n // TURN_N, TURN_N, k // BLOCK_K, CHUNKS, CHUNK))
     pairs = n // BLOCK_N
     whole = halves[:, : 2 * pairs].unflatten(1, (pairs, 2)).permute(0, 1, 4, 2, 3, 5, 6)
     rest = halves[:, 2 * pairs :].permute(0, 1, 3, 2, 4, 5)
@@ -28,7 +44,7 @@ def tiled(codes: Tensor) -> Tensor:
 
 
 def untiled(codes: Tensor) -> Tensor:
-    """Inverse of `tiled`."""
+    """Inverse of `tiled`. Raises ValueError."""
     experts, n, k = _sizes(codes)
     pairs, blocks = n // BLOCK_N, k // BLOCK_K
     flat = codes.view(experts, n * k)

@@ -137,6 +137,8 @@ FAULTS = (
     Fault("columns-early", "L1Turns, scheduler::l1_turns(r.p.shape));", "L1Turns, 1);", ANY_STAGE, seeds=RACES),
     Fault("ring-acts-early", "if (block < r.p.shape.ring_blocks) return true;", "return true;", ANY_STAGE, **RECYCLED),
     Fault("ring-l2-early", "if (ready && task.block >= ring)", "if (false)", ANY_STAGE, **RECYCLED),
+    Fault("finished-early", "&finished, gemm::kMathWarps)", "&finished, 1)", f"{ANY_STAGE}|{NO_END}", seeds=RACES),
+    Fault("report-lost", "if (task.rows == 0) reporter.catch_up(i);", "", NO_END),
     Fault("store-early", "ptx::bulk_store_wait();", "", ANY_STAGE, narrow(2, (60,)), seeds=RACES),
 )  # fmt: skip
 
