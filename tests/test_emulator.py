@@ -128,7 +128,7 @@ FAULTS = (
     Fault("no-promotion", "acc[i], sum[i]);", "acc[i], acc[i]);", "l2_acts"),
     Fault("dirty-workspace", "if (first == 0) r.workspace().tiles_taken = 0;", "", ANY_STAGE),
     Fault("task-lost", "tile = scheduler::next_tile(r);", "tile = 1 + scheduler::next_tile(r);", NO_END),
-    Fault("parity", "&s.handover.wanted, i & 1)", "&s.handover.wanted, 0)", NO_END),
+    Fault("parity", "&s.handover.wanted, i & 1, meanwhile)", "&s.handover.wanted, 0, meanwhile)", NO_END),
     Fault("registers", "more_registers<224>", "more_registers<232>", "deadlock"),
     Fault("registers-back-early", MEET, "    if (math)", NO_END, narrow(2, (3, 0)), seeds=RACES),
     Fault("stage-early", "if (used) release(used);\n                    used = empty;", "release(empty);", ANY_STAGE,
