@@ -130,7 +130,7 @@ FAULTS = (
     Fault("task-lost", "tile = scheduler::next_tile(r);", "tile = 1 + scheduler::next_tile(r);", NO_END),
     Fault("parity", "&s.handover.wanted, i & 1, meanwhile)", "&s.handover.wanted, 0, meanwhile)", NO_END),
     Fault("registers", "more_registers<224>", "more_registers<232>", "deadlock"),
-    Fault("registers-back-early", MEET, "    if (math)", NO_END, narrow(2, (3, 0)), seeds=RACES),
+    Fault("registers-back-early", MEET, "    if (math)", NO_END, narrow(2, (60,)), seeds=RACES),
     Fault("stage-early", "if (used) release(used);\n                    used = empty;", "release(empty);", ANY_STAGE,
           seeds=RACES, also=("        now = next;\n    }\n    release(used);", "        now = next;\n    }")),
     Fault("rows-early", "kBlockRows, task.rows);", "kBlockRows, 1);", ANY_STAGE, narrow(2, (60,)), seeds=RACES),
@@ -138,7 +138,7 @@ FAULTS = (
     Fault("ring-acts-early", "if (block < r.p.shape.ring_blocks) return true;", "return true;", ANY_STAGE, **RECYCLED),
     Fault("ring-l2-early", "if (ready && task.block >= ring)", "if (false)", ANY_STAGE, **RECYCLED),
     Fault("finished-early", "&finished, gemm::kMathWarps)", "&finished, 1)", f"{ANY_STAGE}|{NO_END}", seeds=RACES),
-    Fault("report-lost", "if (task.rows == 0) reporter.catch_up(i);", "", NO_END),
+    Fault("report-lost", "if (task.rows == 0) reporter.catch_up(i);", "", NO_END, narrow(2, (60,))),
     Fault("store-early", "ptx::bulk_store_wait();", "", ANY_STAGE, narrow(2, (60,)), seeds=RACES),
 )  # fmt: skip
 
