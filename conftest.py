@@ -18,6 +18,7 @@ import re
 import shlex
 import shutil
 import sys
+import traceback
 from collections import Counter
 from collections.abc import Generator
 from importlib import metadata
@@ -160,6 +161,9 @@ def _check_kernel(spec: str) -> None:
         raise pytest.UsageError(str(error)) from None
     except EnvironmentMissing as error:
         pytest.exit(f"--kernel {spec}: {_first_line(error)}", EXIT_ENVIRONMENT)
+    except Exception as error:  # of other people's code: its own traceback, and the option that led there
+        traceback.print_exc()
+        raise pytest.UsageError(f"--kernel {spec} raises {type(error).__name__}: {_first_line(error)}") from None
 
 
 @pytest.hookimpl(wrapper=True)

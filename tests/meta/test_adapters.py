@@ -83,3 +83,15 @@ def test_pytest_refuses_it_at_the_start() -> None:
     assert run.returncode == pytest.ExitCode.USAGE_ERROR
     assert "module no_such_module can't be imported" in run.stderr
     assert "Traceback" not in run.stderr
+
+
+def test_one_that_fails_at_the_start_is_a_wrong_option(tmp_path: Path) -> None:
+    """With its own traceback, and not as an error inside pytest."""
+    (tmp_path / "failing_adapter.py").write_text("raise RuntimeError('no driver')\n")
+    command = [sys.executable, "-m", "pytest", "--no-header", "--kernel", "failing_adapter:make", "tests/test_cases.py"]
+    variables = environment() | {"PYTHONPATH": str(tmp_path)}
+    run = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=120)
+    assert run.returncode == pytest.ExitCode.USAGE_ERROR
+    assert "--kernel failing_adapter:make raises RuntimeError: no driver" in run.stderr
+    assert "failing_adapter.py" in run.stderr
+    assert "INTERNALERROR" not in run.stderr + run.stdout
