@@ -21,7 +21,7 @@ from kernel.config import THREADS, ConfigError, Problem, shared_bytes
 from kernel.launch import Library, require_device, tensor_map
 from kernel.params import KernelShape, Layout, Params, RankParams, Swiglu
 from kernel.symm import COUNTERS, KernelTimeout, RankViews, SymmBuffer, VirtualGroup, local_group
-from kernel.tiles import by_expert, tiled
+from kernel.tiles import tiled
 from quant.cast import interleave_gate_up
 from quant.recipe import Recipe
 
@@ -126,7 +126,7 @@ def transform_weights_for_mega_moe_sm90(
     l2: (fp8 [E_loc, H, I], float32 [E_loc, H/128, I/128]). Raises ValueError for sizes that are no multiple of 128.
     """
     (w1, w1_sf), (w2, w2_sf) = l1, l2
-    w1 = by_expert(lambda expert: tiled(interleave_gate_up(expert)), w1.view(torch.uint8)).view(w1.dtype)
+    w1 = tiled(w1.view(torch.uint8), interleave_gate_up).view(w1.dtype)
     return (w1, w1_sf), (tiled(w2.view(torch.uint8)).view(w2.dtype), w2_sf)
 
 

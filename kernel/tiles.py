@@ -16,21 +16,18 @@ CHUNK, CHUNKS = 16, 8
 """The 128-byte swizzle: chunk c of a row r of a half tile stands at c ^ (r mod 8)."""
 
 
-def tiled(codes: Tensor) -> Tensor:
+def tiled(codes: Tensor, order: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """uint8 [E, N, K] -> the same bytes as [E][N / 256][K / 128][2][128][128], the half tiles swizzled.
 
     Where N is an odd multiple of 128 the last 128 rows follow as [K / 128][128][128]. The shape stays [E, N, K].
+    order: of the rows of an expert [1, N, K], before. Beside the result there is memory for one expert only.
     Raises ValueError.
     """
-    return by_expert(_tiled, codes)
-
-
-def by_expert(order: Callable[[Tensor], Tensor], codes: Tensor) -> Tensor:
-    """`order` of each expert [1, N, K] in turn: beside the result there is only memory for one of them."""
+    experts, _, _ = _sizes(codes)
     out = torch.empty_like(codes, memory_format=torch.contiguous_format)
-    _sizes(codes)
-    for expert in range(codes.shape[0]):
-        out[expert] = order(codes[expert : expert + 1])[0]
+    for expert in range(experts):
+        one = codes[expert : expert + 1]
+        out[expert] = _tiled(order(one) if order else one)[0]
     return out
 
 
