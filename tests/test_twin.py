@@ -15,6 +15,7 @@ from torch import Tensor
 from kernel import build
 from quant import atoms, philox, twin
 from quant.formats import f32_bits, f32_from_bits
+from tests.bad_chains import BAD_CHAINS
 from tests.bit_patterns import NAN, assert_same, scattered, specials
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -280,28 +281,10 @@ def test_batched_steps(device: str) -> None:
         assert_same(got, atoms.wgmma_e4m3(*operands))
 
 
-U8 = {"dtype": torch.uint8}
-BAD = {
-    "a-dtype": (torch.zeros(2, 32), torch.zeros(3, 32, **U8), None, TypeError, "a is torch.float32"),
-    "b-dims": (torch.zeros(2, 32, **U8), torch.zeros(1, 3, 32, **U8), None, TypeError, "b is torch.uint8"),
-    "depth": (torch.zeros(2, 48, **U8), torch.zeros(3, 48, **U8), None, ValueError, "depth 48 and 48"),
-    "depths": (torch.zeros(2, 32, **U8), torch.zeros(3, 64, **U8), None, ValueError, "depth 32 and 64"),
-    # c larger than needed: a twin that does not look would read the wrong places, never memory that is not its own.
-    "c-shape": (torch.zeros(2, 32, **U8), torch.zeros(3, 32, **U8), torch.zeros(3, 4), ValueError, "c has shape"),
-    "c-dtype": (
-        torch.zeros(2, 32, **U8),
-        torch.zeros(3, 32, **U8),
-        torch.zeros(2, 3, dtype=torch.float64),
-        TypeError,
-        "c has dtype",
-    ),
-}
-
-
 @on_each_device
-@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("bad", BAD_CHAINS)
 def test_a_chain_refuses_bad_operands_by_name(device: str, bad: str) -> None:
-    *operands, error, message = BAD[bad]
+    *operands, error, message = BAD_CHAINS[bad]
     with pytest.raises(error, match=message):
         compiled(device).wgmma_chain(*(t if t is None else t.to(device) for t in operands))
 
