@@ -21,8 +21,7 @@ from kernel.config import THREADS, ConfigError, Problem, shared_bytes
 from kernel.launch import Library, require_device, tensor_map
 from kernel.params import KernelShape, Layout, Params, RankParams, Swiglu
 from kernel.symm import COUNTERS, KernelTimeout, RankViews, SymmBuffer, VirtualGroup, local_group
-from kernel.tiles import tiled
-from quant.cast import interleave_gate_up
+from kernel.tiles import tiled, w1_rows, w2_rows
 from quant.recipe import Recipe
 
 __all__ = [
@@ -121,13 +120,15 @@ def transform_weights_for_mega_moe_sm90(
     """Weights in the order in which the kernel reads them, as copies of the same shapes; scales stay as they are.
 
     Gate and up rows of W1 are interleaved in groups of 8; then the bytes of both matrices stand in swizzled tiles of
-    128 rows x 128 columns, see kernel/tiles.py: element [e, n, k] of a result is no longer weight (n, k), and `untiled`
-    gives it back. l1: (fp8 [E_loc, 2I, H] gate rows then up rows, float32 [E_loc, 2I/128, H/128]);
-    l2: (fp8 [E_loc, H, I], float32 [E_loc, H/128, I/128]). Raises ValueError for sizes that are no multiple of 128.
+    128 rows x 128 columns, the rows of each in the order of kernel/tiles.py: element [e, n, k] of a result is no longer
+    weight (n, k), and `untiled` gives it back. l1: (fp8 [E_loc, 2I, H] gate rows then up rows, float32
+    [E_loc, 2I/128, H/128]); l2: (fp8 [E_loc, H, I], float32 [E_loc, H/128, I/128]). Raises ValueError for sizes that
+    are no multiple of 128.
     """
     (w1, w1_sf), (w2, w2_sf) = l1, l2
-    w1 = tiled(w1.view(torch.uint8), interleave_gate_up).view(w1.dtype)
-    return (w1, w1_sf), (tiled(w2.view(torch.uint8)).view(w2.dtype), w2_sf)
+    (_, n1, _), (_, n2, _) = w1.shape, w2.shape
+    w1 = tiled(w1.view(torch.uint8), w1_rows(n1)).view(w1.dtype)
+    return (w1, w1_sf), (tiled(w2.view(torch.uint8), w2_rows(n2)).view(w2.dtype), w2_sf)
 
 
 def _only(name: str, value: str, allowed: str) -> None:

@@ -86,8 +86,8 @@ def _library() -> Library:
 def l1(recipe: Recipe, pool: Pool, acts: Tensor, acts_sf: Tensor, weight: Tensor, w1: Tensor, w1_sf: Tensor) -> tuple:
     """Eq. (2) to (5): (l2_acts uint8 [rows, I], l2_acts_sf float32 [I/64, rows]) of every pool row.
 
-    acts uint8 [rows, H], acts_sf float32 [H/128, rows], weight float32 [rows]; w1 uint8 [E, 2I, H] interleaved,
-    w1_sf float32 [E, 2I/128, H/128] not interleaved. Raises RecipeError.
+    acts uint8 [rows, H], acts_sf float32 [H/128, rows], weight float32 [rows]; w1 uint8 [E, 2I, H] in the order of
+    `tiles.w1_rows`, w1_sf float32 [E, 2I/128, H/128] in their own. Raises RecipeError.
     """
     check_recipe(recipe)
     experts, n, k = w1.shape

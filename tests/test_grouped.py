@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from kernel import grouped
+from kernel.tiles import w1_rows
 from quant import twin
-from quant.cast import interleave_gate_up
 from quant.recipe import RECIPES, SHAPES, Recipe, RecipeError
 from reference import dispatch
 from reference.layer import moe_layer
@@ -62,7 +62,7 @@ def compare(case: Case) -> int:
 
     weight = torch.cat(made.topk_weights)[where.row, where.slot]
     acts, acts_sf = in_pool(trace["l1_acts"]), in_pool(trace["l1_acts_sf"]).t().contiguous()
-    q, q_sf = grouped.l1(case.recipe, pool, acts, acts_sf, in_pool(weight), interleave_gate_up(w1), w1_sf)
+    q, q_sf = grouped.l1(case.recipe, pool, acts, acts_sf, in_pool(weight), w1[:, w1_rows(w1.shape[1])], w1_sf)
     compared = same("l2_acts", trace["l2_acts"], q[pool.rows], trace["rows"])
     compared += 4 * same("l2_acts_sf", trace["l2_acts_sf"], q_sf.t()[pool.rows].contiguous(), trace["rows"])
     out = grouped.l2(pool, q, q_sf, w2, w2_sf)

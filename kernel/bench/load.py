@@ -11,8 +11,7 @@ from torch import Tensor
 from kernel import api
 from kernel.config import GROUP
 from kernel.roofline import RANKS, Load
-from kernel.tiles import untiled
-from quant.cast import deinterleave_gate_up
+from kernel.tiles import untiled, w1_rows, w2_rows
 from quant.recipe import Recipe, Shape
 from quant.scale import input_scale
 
@@ -104,8 +103,9 @@ class Layer:
     def weights(self, expert: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """An expert's weights as the reference takes them: bytes, gate rows then up rows."""
         (w1, w1_sf), (w2, w2_sf) = self.l1, self.l2
-        w1, w2 = (untiled(w[expert : expert + 1].view(torch.uint8))[0] for w in (w1, w2))
-        return deinterleave_gate_up(w1), w1_sf[expert], w2, w2_sf[expert]
+        matrices = (w1, w1_rows(w1.shape[1])), (w2, w2_rows(w2.shape[1]))
+        w1, w2 = (untiled(w[expert : expert + 1].view(torch.uint8), rows)[0] for w, rows in matrices)
+        return w1, w1_sf[expert], w2, w2_sf[expert]
 
     def route(self, tokens: int, routing: str) -> Work:
         """Fills the buffer's inputs. The work of an earlier call must not be run any more."""
