@@ -51,6 +51,8 @@ TIMEOUT_S = 10.0
 """How long a role of the kernel waits; read at every call."""
 MAX_PLANS = 256
 """Launch plans that a buffer keeps: more than a model has layers, of 3 KB each."""
+MAX_OUTPUTS = 16
+"""Places of y and statistics that a plan remembers as in order: an allocator gives the same few again and again."""
 
 
 def defines(granularity: int) -> dict[str, int]:
@@ -177,32 +179,42 @@ def fp8_mega_moe(
         weights = [*chain(*l1s, *l2s)]
         outputs = [*ys] if stats is None else [*ys, *stats]
         key = (chosen.silu, chosen.clamp, chosen.activation_granularity, *map(Tensor.data_ptr, weights))
-        places = [None if out is None else out.data_ptr() for out in outputs]
-        places += [stats is None, *[out.shape for out in ys]]
+        places = (
+            *map(Tensor.data_ptr, ys),
+            None if stats is None else (*[None if out is None else out.data_ptr() for out in stats],),
+            *[out.shape for out in ys],
+        )
     except (AttributeError, TypeError):  # no tensors, or no pairs
         arguments.check_weights(sym_buffer, l1s, l2s)
         arguments.check_outputs(sym_buffer, ys, counts)
         raise
     plan = sym_buffer.plans.get(key)
     known = plan is not None and plan.weights.covers(weights)
-    kept = plan is not None and plan.places == places and plan.outputs.covers(outputs)
+    judged = None if plan is None else plan.judged.get(places)
+    in_order = judged is not None and judged.covers(outputs)
     if not known:
         arguments.check_weights(sym_buffer, l1s, l2s)
-    if not kept:
+    if not in_order:
         arguments.check_outputs(sym_buffer, ys, counts)
     if check:
         _check_indices(sym_buffer, ys)
     if plan is None:
         plan = _Plan(sym_buffer, chosen, l1s, l2s)
-        if len(sym_buffer.plans) >= MAX_PLANS:
-            del sym_buffer.plans[next(iter(sym_buffer.plans))]
-        sym_buffer.plans[key] = plan
+        _keep(sym_buffer.plans, key, plan, MAX_PLANS)
     if not known:
         plan.weights = _Judged(weights)
-    if not kept:
-        plan.patch(ys, counts)
-        plan.outputs, plan.places = _Judged(outputs), places
+    if not in_order:
+        _keep(plan.judged, places, _Judged(outputs), MAX_OUTPUTS)
+    if plan.places != places:
+        plan.patch(places)
     plan.launch()
+
+
+def _keep(kept: dict, key: tuple, value: Any, most: int) -> None:
+    """Sets it; what was kept first goes first."""
+    if key not in kept and len(kept) >= most:
+        del kept[next(iter(kept))]
+    kept[key] = value
 
 
 class _Judged:
@@ -264,14 +276,23 @@ class _Plan:
         self.ranks = [self.params.rank[rank] for rank in range(buffer.problem.ranks)]
         for own, l1, l2 in zip(self.ranks, l1s, l2s, strict=True):
             params.set_weights(own, l1, l2)
-        self.weights, self.outputs = _Judged([]), _Judged([])
-        """The weights, at this plan's addresses; y and stats, where `places` says."""
-        self.places: list | None = None
-        """Addresses of y and stats that the params hold, whether there are no stats, the shape of each y."""
+        self.weights = _Judged([])
+        """At this plan's addresses."""
+        self.places: tuple = ()
+        """What the params hold: the address of each y, those of stats or None, the shape of each y."""
+        self.judged: dict[tuple, _Judged] = {}
+        """y and stats by their places."""
 
-    def patch(self, ys: Any, stats: Any) -> None:
-        for own, y, counts in zip(self.ranks, ys, stats, strict=True):
-            params.set_outputs(own, y, counts)
+    def patch(self, places: tuple) -> None:
+        """Writes what is new: mostly another y alone, and each field takes the time of a few lines of Python."""
+        ranks = len(self.ranks)
+        for own, pointer in zip(self.ranks, places, strict=False):
+            own.y = pointer
+        if self.places[ranks:] != places[ranks:]:
+            stats, *shapes = places[ranks:]
+            for own, counts, shape in zip(self.ranks, stats or (None,) * ranks, shapes, strict=True):
+                own.stats, own.tokens = counts, shape[0]
+        self.places = places
 
     def launch(self) -> None:
         if torch.cuda.current_device() != self.device:

@@ -21,7 +21,7 @@ __device__ __forceinline__ void combine(const layout::Rank& r) {
     u64 unit = threadIdx.x / 32 * r.blocks + r.block;
     for (long long expert = expert_of(unit); unit < units; unit += step) {
         const u32 token = static_cast<u32>(unit / parts), first_column = static_cast<u32>(unit % parts) * columns + lane * kPart;
-        const u32 slots = __ballot_sync(0xFFFFFFFFu, expert >= 0);
+        const u32 slots = __ballot_sync(0xFFFFFFFFu, r.active(expert));
         bool inside[kParts];
         float sum[kParts][kPart] = {};
 #pragma unroll

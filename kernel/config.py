@@ -19,7 +19,7 @@ BOX_ROWS = 32
 """Activation rows of one TMA box: a part-filled block loads only the boxes that hold rows."""
 TASKS = 8
 """`kTasks` of storage.cuh: tasks, of six numbers each, that the producer of a block may be ahead."""
-GROUP_BLOCKS = 16
+GROUP_BLOCKS = 24
 """`kGroupBlocks` of scheduler.cuh: pool blocks whose tiles of GEMM 2 come after GEMM 1's of the next so many."""
 RING_BLOCKS = 4 * GROUP_BLOCKS
 """Pool blocks that activations have memory for; a block takes the place of the one so many before it."""

@@ -10,7 +10,7 @@ __device__ __forceinline__ void each_active_slot(const layout::Rank& r, Visit vi
     const long long* topk_idx = r.mine<long long>(r.p.layout.topk_idx);
     const u32 entries = r.own.tokens * r.p.shape.topk;
     for (u32 entry = r.block * blockDim.x + threadIdx.x; entry < entries; entry += r.blocks * blockDim.x)
-        if (topk_idx[entry] >= 0) visit(entry, static_cast<u32>(topk_idx[entry]));
+        if (r.active(topk_idx[entry])) visit(entry, static_cast<u32>(topk_idx[entry]));
 }
 
 // Appends this rank's entries (token, slot) to the lists at the destinations. A block takes room for all of its entries of

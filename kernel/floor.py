@@ -1,4 +1,5 @@
-"""`python -m kernel floor`: the time that nothing goes below on a chip, and how the kernel's one tile fills it. No GPU.
+"""`python -m kernel floor`: the time that nothing goes below on a chip, how the kernel's one tile fills it, and the
+symmetric memory that a rank needs. No GPU.
 
 The two terms are those of kernel/roofline.py: measured for the H200, by model for a chip that was not at hand.
 """
@@ -6,7 +7,7 @@ The two terms are those of kernel/roofline.py: measured for the H200, by model f
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
@@ -81,6 +82,25 @@ def row(chip: Chip, shape: Shape, tokens: int, routing: str, seed: int) -> dict[
     return {"preset": shape.name, "T": tokens, "routing": routing, **sizes, **times, "bound": bound, **waves}
 
 
+def memory(shape: Shape) -> dict[str, Any]:
+    """Bytes of a rank's symmetric buffer among eight, and what it would be if activations of the whole pool stayed."""
+    sizes = shape.experts, shape.topk, shape.hidden, shape.intermediate
+    problem = config.Problem(RANKS, *sizes, points.CAPACITY)
+    found = {"preset": shape.name, "capacity": points.CAPACITY, "ring_blocks": problem.ring_blocks}
+    whole = replace(problem, ring=problem.pool_blocks)
+    return found | {"bytes": problem.offsets()[1], "whole_pool_bytes": whole.offsets()[1]}
+
+
+def memory_text(rows: list[dict[str, Any]]) -> str:
+    """A line for people."""
+    mib = [(r["preset"], r["bytes"] / 2**20, r["whole_pool_bytes"] / 2**20) for r in rows]
+    each = "; ".join(f"{name} {own:,.0f} MiB, {all_ / own:.1f} times less than {all_:,.0f}" for name, own, all_ in mib)
+    return (
+        f"symmetric memory of a rank of {RANKS}, capacity {points.CAPACITY}, beside one with room for the whole pool: "
+        + each
+    )
+
+
 def text(rows: list[dict[str, Any]]) -> str:
     """A table for people."""
     head = (
@@ -103,7 +123,7 @@ def floor_command(
     seed: Annotated[int, typer.Option(min=0, help="Of the routing.")] = 0,
     json_path: Annotated[str | None, typer.Option("--json", help="Where to write JSON; - is stdout.")] = None,
 ) -> None:
-    """How fast a chip could run one rank of eight, and how many tiles each SM gets; needs no GPU.
+    """How fast a chip could run one rank of eight, how many tiles each SM gets, and its symmetric memory; needs no GPU.
 
     Exit status: 0 done, 2 usage.
     """
@@ -120,9 +140,11 @@ def floor_command(
     basis = MEASURED if what.measured else BY_MODEL
     rows = [row(what, shape, t, routing, seed) for shape in shapes.values() for t in chosen]
     result = {"chip": {"name": name, **asdict(what)}, "basis": basis, "configuration": CONFIGURATION, "rows": rows}
+    result["memory"] = [memory(shape) for shape in shapes.values()]
     if json_path == files.STDOUT:
         print(json.dumps(result, indent=1))
         return
     print(f"{name}, {what.sms} SMs, {basis}; {CONFIGURATION}, for every shape and T\n{text(rows)}")
+    print(memory_text(result["memory"]))
     if json_path:
         files.write_json(result, json_path)

@@ -47,6 +47,8 @@ struct Rank {
         const u64 list = static_cast<u64>(source) * p.shape.experts_local + expert;
         return at<u32>(peer, p.layout.recv_list) + list * p.shape.capacity * p.shape.topk;
     }
+    // Whether a slot names an expert: -1 does not, nor does anything else outside [0, E), which nobody must follow.
+    __device__ __forceinline__ bool active(long long topk_idx) const { return static_cast<u64>(topk_idx) < p.shape.experts; }
     // The output row of (token, slot) on its source rank: slot after slot.
     __device__ __forceinline__ u32 slot_index(u32 token, u32 slot) const { return slot * p.shape.capacity + token; }
     __device__ __forceinline__ u16* slot_row(u32 peer, u32 index) const {

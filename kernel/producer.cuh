@@ -75,8 +75,8 @@ __device__ __forceinline__ void scout_role(const layout::Rank& r, SharedStorage&
         scheduler::Task& task = s.tasks[i % kTasks];
         scheduler::task_of(r, s.plan, tile, task);
         ptx::mbarrier_arrive(&s.handover.known);
-        if (task.rows == 0) reporter.catch_up(i);
-        if (task.rows == 0 || !wait_operands(r, task, meanwhile)) return;
+        if (task.rows == 0) return static_cast<void>(reporter.catch_up(i));
+        if (!wait_operands(r, task, meanwhile)) return;
         ptx::mbarrier_arrive(&s.handover.ready);
         if (!wait_stage(r, &s.handover.wanted, i & 1, meanwhile)) return;
         tile = scheduler::next_tile(r);

@@ -159,12 +159,6 @@ __device__ __forceinline__ u64 global_timer() {
     return ns;
 }
 
-// Barrier kId among kThreads threads of the block.
-template <u32 kId, u32 kThreads>
-__device__ __forceinline__ void named_barrier() {
-    asm volatile("bar.sync %0, %1;" ::"n"(kId), "n"(kThreads) : "memory");
-}
-
 // The 32-bit shared-window address of a pointer into shared memory.
 __device__ __forceinline__ u32 shared_address(const void* pointer) {
     return static_cast<u32>(__cvta_generic_to_shared(pointer));

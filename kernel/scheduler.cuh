@@ -8,14 +8,15 @@ using gemm::kBlockM, gemm::kBlockN, gemm::kTurnN;
 constexpr u32 kBoxRows = 32;  // activation rows of one TMA box: a part-filled block loads only the boxes that hold rows
 
 // Pool blocks of a group. GEMM 2 of a group comes after GEMM 1 of the next: its inputs are there, and still in L2.
-constexpr u32 kGroupBlocks = 16;
+constexpr u32 kGroupBlocks = 24;
 
-// Columns of a tile of GEMM 2 where all pool blocks are one group: half of kBlockN where that saves half a round of the thread
-// blocks, else kBlockN. Half a tile keeps fewer bytes on their way, so it pays only there.
+// Columns of a tile of GEMM 2: half of kBlockN where the pool blocks are few and that saves half a round of the thread blocks,
+// else kBlockN. Half a tile keeps fewer bytes on their way, so it pays only there.
+constexpr u32 kFewBlocks = 16;
 __device__ __forceinline__ u32 l2_width(const Shape& s, u32 pool_blocks, u32 blocks) {
     const u32 wide = pool_blocks * ((s.hidden + kBlockN - 1) / kBlockN), halves = pool_blocks * (s.hidden / kTurnN);
     const bool fewer = (halves + blocks - 1) / blocks < 2 * ((wide + blocks - 1) / blocks);
-    return pool_blocks <= kGroupBlocks && fewer ? kTurnN : kBlockN;
+    return pool_blocks <= kFewBlocks && fewer ? kTurnN : kBlockN;
 }
 
 // What every block of a rank derives from the received counts, in shared memory.

@@ -14,8 +14,10 @@ BLOCK_N = 256
 """Columns of a tile; the last one of GEMM 2 may be half as wide, and with few pool blocks all of them are."""
 TURN_N = 128
 """Half a tile: in these the counters of a pool block count."""
-GROUP_BLOCKS = 16
+GROUP_BLOCKS = 24
 """Pool blocks of a group: GEMM 2 of a group comes after GEMM 1 of the next."""
+FEW_BLOCKS = 16
+"""Up to so many pool blocks tiles of GEMM 2 may all be half as wide."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +58,11 @@ def blocks_of(rows: int) -> int:
 def l2_width(hidden: int, pool_blocks: int, blocks: int) -> int:
     """Columns of a tile of GEMM 2 for so many pool blocks and thread blocks.
 
-    Half a tile where all pool blocks are one group and that saves half a round of the thread blocks. Elsewhere tiles
-    are wide: half a tile keeps fewer bytes on their way.
+    Half a tile where the pool blocks are few and that saves half a round of the thread blocks. Elsewhere tiles are
+    wide: half a tile keeps fewer bytes on their way.
     """
     wide, halves = (-(-pool_blocks * -(-hidden // width) // blocks) for width in (BLOCK_N, TURN_N))
-    return TURN_N if pool_blocks <= GROUP_BLOCKS and halves < 2 * wide else BLOCK_N
+    return TURN_N if pool_blocks <= FEW_BLOCKS and halves < 2 * wide else BLOCK_N
 
 
 def make_plan(counts: Sequence[Sequence[int]], hidden: int, blocks: int) -> Plan:

@@ -28,7 +28,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def draw(seed: int) -> tuple[Case, int | None, emulator.Run]:
     """(case, ring, run) of a seed."""
     rng = random.Random(seed)
-    ranks, local = rng.choice([1, 1, 2, 4]), rng.choice([1, 2, 3, 8, 20, 40])
+    ranks, local = rng.choice([1, 1, 2, 4]), rng.choice([1, 2, 3, 8, 20, 60])
     experts = ranks * local
     topk = min(rng.choice([1, 2, 4, 6]), experts)
     hidden, intermediate = (128 * rng.choice([1, 1, 2, 3]) for _ in range(2))

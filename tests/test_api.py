@@ -236,13 +236,13 @@ def test_buffers_refuse_by_name(
         assert buffer.x.shape == (8, 256)
     assert api.get_symm_buffer_for_mega_moe(api.VirtualGroup(2), **SIZES).rank(1).x.shape == (8, 256)
     many = SIZES | {"num_max_tokens_per_rank": 8192}
-    for ring_blocks, held in ((None, config.RING_BLOCKS), (32, 32), (33, 33), (1000, 131)):
+    for ring_blocks, held in ((None, config.RING_BLOCKS), (48, 48), (49, 49), (1000, 131)):
         small = api.get_symm_buffer_for_mega_moe(None, **many, ring_blocks=ring_blocks)
         assert small.l1_acts.shape == (128 * held, 256)
         assert small.l2_acts_sf.shape == (128 * held, 2)
         assert small.pool_source.shape == (128 * 131, 2), "where a row came from stays"
-    with pytest.raises(ConfigError, match="ring_blocks = 31 must be at least 32"):
-        api.get_symm_buffer_for_mega_moe(None, **many, ring_blocks=31)
+    with pytest.raises(ConfigError, match="ring_blocks = 47 must be at least 48"):
+        api.get_symm_buffer_for_mega_moe(None, **many, ring_blocks=47)
 
 
 def test_a_destroyed_buffer_is_refused(library: FakeLibrary) -> None:

@@ -132,6 +132,25 @@ def test_what_was_judged_is_not_judged_again(
     assert bytes(library.launches[0][1]) == bytes(library.launches[-2][1])
 
 
+def test_outputs_that_come_again_are_not_judged_again(library: FakeLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several y in turn, as an allocator gives them; the ones that were judged longest ago are forgotten."""
+    monkeypatch.setattr(api, "MAX_OUTPUTS", 3)
+    good, made = call(), judged(monkeypatch)
+    ys = [torch.zeros(3, HIDDEN, dtype=BF16) for _ in range(4)]
+    for step in (0, 1, 2, 1, 0, 0, 2):
+        api.fp8_mega_moe(**good | {"y": ys[step]})
+        assert library.launches[-1][1].rank[0].y == ys[step].data_ptr()
+    assert made.count("check_outputs") == 3
+    for step in (3, 0, 0):
+        api.fp8_mega_moe(**good | {"y": ys[step]})
+    assert made.count("check_outputs") == 5
+    (plan,) = good["sym_buffer"].plans.values()
+    assert len(plan.judged) == 3
+    narrow = ys[0].view(torch.int16)
+    with pytest.raises(ConfigError, match=r"y is torch.int16 \[3, 256\]"):
+        api.fp8_mega_moe(**good | {"y": narrow})
+
+
 @pytest.mark.parametrize("part", [0, 1], ids=["codes", "scales"])
 @pytest.mark.parametrize("argument", ["l1_weights", "l2_weights"])
 def test_another_tensor_at_the_same_address_is_judged(library: FakeLibrary, argument: str, part: int) -> None:

@@ -105,7 +105,7 @@ def test_fields_do_not_overlap(
         ("capacity", 0, "num_max_tokens_per_rank = 0"),
         ("capacity", 1 << 29, "below 2\\^31"),
         ("capacity", 90_000_000, "the ranks' slots must be below 2\\^32"),
-        ("ring", 2 * GROUP_BLOCKS - 1, "ring_blocks = 31 must be at least 32"),
+        ("ring", 2 * GROUP_BLOCKS - 1, "ring_blocks = 47 must be at least 48"),
         ("ring", 0, "ring_blocks = 0 must be"),
     ],
     ids=str,

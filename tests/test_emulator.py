@@ -5,6 +5,7 @@ A seed decides who goes on and when copies land, so a wait that is missing shows
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from dataclasses import dataclass
 
@@ -53,8 +54,8 @@ def narrow(experts: int, tokens: tuple[int, ...], topk: int = 2, **recipe: objec
 @pytest.mark.parametrize(
     ("case", "ring"),
     [
-        (narrow(40, (90,)), 32),
-        (narrow(40, (90,)), None),
+        (narrow(60, (130,)), 48),
+        (narrow(60, (130,)), None),
         (narrow(40, (48, 33)), None),
         (narrow(2, (150,), activation_granularity=128), None),
         (narrow(2, (150,)), None),
@@ -64,6 +65,27 @@ def narrow(experts: int, tokens: tuple[int, ...], topk: int = 2, **recipe: objec
 )
 def test_no_interleaving_changes_a_bit(case: Case, ring: int | None, seed: int) -> None:
     proof(case, ring, seed=seed, blocks=1 + seed % 3)
+
+
+def test_an_index_of_no_expert_is_an_empty_slot() -> None:
+    """With check = False nobody looks at indices before the launch: one outside [0, E) must lead nowhere."""
+    case = SMOKE[1]
+    problem, _ = prepared(case)
+    strange = torch.tensor([case.shape.experts, -2, 1 << 40, -(1 << 40), (1 << 32) + 1])
+    found = []
+    for instead in (torch.full_like(strange, -1), strange):
+        topk_idx = [idx.clone() for idx in problem.inputs.topk_idx]
+        for idx in topk_idx:
+            count = len(idx[::2, 0])
+            idx[::2, 0] = instead.repeat(-(-count // len(instead)))[:count]
+        changed = dataclasses.replace(problem, inputs=dataclasses.replace(problem.inputs, topk_idx=topk_idx))
+        adapter = EmulatedAdapter()
+        adapter.prepare(changed)
+        adapter.fill(0xFF)
+        adapter.launch()
+        found.append([*adapter.y(), *adapter.stats()])
+    for empty, outside in zip(*found, strict=True):
+        assert torch.equal(empty.view(torch.int16), outside.view(torch.int16))
 
 
 def test_a_role_that_waits_in_vain_says_so() -> None:
@@ -108,7 +130,7 @@ class Fault:
 
 RACES = tuple(range(12))
 MEET = "    __syncthreads();\n    if (math)"
-RECYCLED = {"case": narrow(60, (150,)), "ring": 32, "seeds": (0, 3, 7, 11, 15, 19, 23)}
+RECYCLED = {"case": narrow(76, (190,)), "ring": 48, "seeds": (0, 3, 7, 11, 15, 19, 23)}
 ANY_STAGE = "l1_acts|l2_acts|slots|y|written"
 NO_END = "deadlock|no end|rank "
 FAULTS = (
@@ -117,11 +139,11 @@ FAULTS = (
     Fault("half-tiles-apart", "k_block * width + half % 2;", "k_block + half % 2 * blocks;", "l2_acts"),
     Fault("odd-half-lost", "halves = n / gemm::kTurnN,", "halves = n / gemm::kBlockN * 2,", "slots", narrow(2, (60,))),
     Fault("scale-kind", "((scaled & 0x7FFFFF) != 0 ? 1 : 0)", "0", "l2_acts"),
-    Fault("clamp-form", "gate = fminf(gate, p.clamp);", "gate = fmaxf(fminf(gate, p.clamp), -p.clamp);", "l2_acts"),
+    Fault("clamp-form", "gate = fminf(gate, clamp);", "gate = fmaxf(fminf(gate, clamp), -clamp);", "l2_acts"),
     Fault("weight-slot", "[row] = r.at<float>(source, l.topk_weights)[entry]", "[row] = 1.0f", "l2_acts"),
-    Fault("mask", "if (topk_idx[entry] >= 0) visit", "if (topk_idx[entry] > 0) visit", "a routed row"),
+    Fault("mask", "static_cast<u64>(topk_idx) <", "static_cast<u64>(topk_idx) - 1 <", "a routed row"),
     Fault("metadata", "return slot * p.shape.capacity + token;", "return slot * p.shape.capacity;", "a routed row"),
-    Fault("tail-row", "row_in_block + 8 * half < rows", "row_in_block + 8 * half + 1 < rows", "slots"),
+    Fault("tail-row", "row_in_block + 8 * half >= rows", "row_in_block + 8 * half + 1 >= rows", "slots"),
     Fault("stats", "r.own.stats[e] += ", "r.own.stats[e] = ", "stats of the second launch"),
     Fault("combine", "sum[i][j] += __uint", "sum[i][j] = sum[i][j] * 0.5f + __uint", "y"),
     Fault("expert-tail", "expert_of(plan, experts, block);", "expert_of(plan, experts - 1, block);", "a routed row"),
@@ -138,7 +160,7 @@ FAULTS = (
     Fault("ring-acts-early", "if (block < r.p.shape.ring_blocks) return true;", "return true;", ANY_STAGE, **RECYCLED),
     Fault("ring-l2-early", "if (ready && task.block >= ring)", "if (false)", ANY_STAGE, **RECYCLED),
     Fault("finished-early", "&finished, gemm::kMathWarps)", "&finished, 1)", f"{ANY_STAGE}|{NO_END}", seeds=RACES),
-    Fault("report-lost", "if (task.rows == 0) reporter.catch_up(i);", "", NO_END, narrow(2, (60,))),
+    Fault("report-lost", "return static_cast<void>(reporter.catch_up(i));", "return;", NO_END, narrow(2, (60,))),
     Fault("store-early", "ptx::bulk_store_wait();", "", ANY_STAGE, narrow(2, (60,)), seeds=RACES),
 )  # fmt: skip
 

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from kernel import __main__ as cli
-from kernel import build, floor, roofline
+from kernel import build, config, floor, roofline
 from kernel.bench.points import PEERS
 from kernel.roofline import CEILING_TFLOPS, CHIPS, READ_GB_S, Load
 from quant.recipe import SHAPES
@@ -78,10 +78,12 @@ def test_every_preset_has_a_ceiling(preset: str) -> None:
 def test_the_command_prints_a_table() -> None:
     status, output = invoke("--tokens", "8,8192")
     assert status == 0
-    first, head, *lines = output.splitlines()
+    first, head, *lines, last = output.splitlines()
     assert first.startswith("H20, 78 SMs, by model, not measured; tile 128 x 256 x 128, 4 stages, registers 56/224")
     assert len(lines) == 2 * len(PRESETS)
     assert {len(line) for line in lines} == {len(head)}
+    assert last.startswith("symmetric memory of a rank of 8, capacity 8192, beside one with room for the whole pool: ")
+    assert all(f"{preset} " in last for preset in PRESETS)
 
 
 def test_the_command_as_json() -> None:
@@ -96,6 +98,18 @@ def test_the_command_as_json() -> None:
     for row in result["rows"]:
         assert row["floor_us"] == max(row["read_us"], row["multiply_us"])
         assert row["tasks_per_sm"] == pytest.approx((row["l1_tasks"] + row["l2_tasks"]) / 78)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_memory_is_that_of_the_buffer(preset: str) -> None:
+    """At least three times less than with memory for every row that may come."""
+    shape, found = SHAPES[preset], floor.memory(SHAPES[preset])
+    sizes = shape.experts, shape.topk, shape.hidden, shape.intermediate
+    for ring, size in ((None, "bytes"), (1 << 30, "whole_pool_bytes")):
+        assert found[size] == config.Problem(8, *sizes, capacity=8192, ring=ring).offsets()[1]
+    assert found["whole_pool_bytes"] >= 3 * found["bytes"]
+    status, output = invoke("--preset", preset, "--json", "-")
+    assert (status, json.loads(output)["memory"]) == (0, [found])
 
 
 def test_the_h200_is_measured() -> None:

@@ -22,7 +22,7 @@ MESSAGE = r"rank (\d+), block (\d+) waited for ([a-zA-Z0-9 ]+): expected (\d+), 
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("ring_blocks", [None, 32], ids=["full_ring", "small_ring"])
+@pytest.mark.parametrize("ring_blocks", [None, 48], ids=["full_ring", "small_ring"])
 @pytest.mark.parametrize("tokens", [(4000,), (500,) * 8], ids=lambda tokens: f"r{len(tokens)}")
 def test_who_waits_in_vain_gives_up_and_the_next_launch_is_right(
     tokens: tuple[int, ...], ring_blocks: int | None, monkeypatch: pytest.MonkeyPatch

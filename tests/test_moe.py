@@ -81,7 +81,7 @@ def test_one_rank_of_full_size(tokens: tuple[int], recipe: Recipe, adapter: Mega
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("recipe", RECIPES_OF_SIZE, ids=RECIPE_IDS)
-@pytest.mark.parametrize(("tokens", "ring_blocks"), [(1000, 32), (1000, 33), (8192, 32), (8192, config.RING_BLOCKS)])
+@pytest.mark.parametrize(("tokens", "ring_blocks"), [(1000, 48), (1000, 49), (8192, 48), (8192, config.RING_BLOCKS)])
 def test_one_rank_of_full_size_in_a_recycled_ring(tokens: int, ring_blocks: int, recipe: Recipe) -> None:
     """64 pool blocks and more, so that most activations stand where others stood before them."""
     with closing(MegaproofAdapter(ring_blocks)) as adapter:

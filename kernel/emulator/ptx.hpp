@@ -83,11 +83,6 @@ inline u64 global_timer() { return emu::yield(), 1000 * emu::machine->steps; }  
 
 // ---- barriers -------------------------------------------------------------------------------------------------------
 
-template <u32 kId, u32 kThreads>
-inline void named_barrier() {
-    static_assert(kId > 0 && kId < 16);
-    emu::meet(emu::machine->current->block->barriers[kId], kThreads, "named barrier");
-}
 inline void mbarrier_init(u64* barrier, u32 arrivals) { emu::machine->mbarriers[barrier] = {arrivals, arrivals}; }
 inline void mbarrier_arrive(u64* barrier) { emu::yield(), emu::arrive(barrier); }
 inline void mbarrier_arrive_expect(u64* barrier, u32 bytes) { emu::yield(), emu::arrive(barrier, bytes); }

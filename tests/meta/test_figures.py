@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import pytest
 
 from golden import silicon, store
+from kernel import floor
+from kernel.bench.points import PEERS
 from quant.recipe import RECIPES, SHAPES
 from tests.cases import CASES
 from tests.meta.runs import ROOT
@@ -35,6 +38,14 @@ def test_counts_of_the_captures(chip: str) -> None:
     assert README.count(f"{1 << 32:,} (all inputs") == len(entry["sweeps"])
     committed = sum(vector.bits.numel() for vector in silicon.vectors(chip))
     assert f"{committed:,} of its outputs are committed" in README
+
+
+def test_symmetric_memory() -> None:
+    rows = [floor.memory(shape) for name, shape in SHAPES.items() if name in PEERS["shapes"]]
+    for row in rows:
+        assert re.search(rf"{row['preset']}\s+{row['bytes'] / 2**20:,.0f} MiB", README), row
+    times = min(row["whole_pool_bytes"] / row["bytes"] for row in rows)
+    assert f"at least {math.floor(10 * times) / 10} times less" in README
 
 
 def test_presets_and_recipes_are_all_named() -> None:
