@@ -17,6 +17,10 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tests.cases import Case
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS: dict[str, tuple[str, ...]] = {
@@ -105,22 +109,28 @@ def verdicts() -> Iterator[Verdict]:
             yield verdict
 
 
+def recycling(ranks: int) -> tuple[Case, int]:
+    """(case, ring) of experts of few rows, in a ring of fewer blocks than those of every rank fill."""
+    from kernel.config import GROUP_BLOCKS
+    from quant.recipe import SHAPES
+    from tests.cases import Case
+
+    ring = 2 * GROUP_BLOCKS
+    return Case(dataclasses.replace(SHAPES["smoke"], experts=ranks * (ring + 8)), (60,) * ranks), ring
+
+
 def child(ranks: int) -> None:
-    """Experts of few rows, in a ring of fewer blocks than they fill; the reference's side stays on the CPU."""
+    """The kernel on that case; the reference's side stays on the CPU."""
     import torch
 
     from kernel import api
     from kernel.adapters import Prepared
     from kernel.adapters.megaproof import MegaproofAdapter
-    from kernel.config import GROUP_BLOCKS
-    from quant.recipe import SHAPES
     from reference.layer import moe_layer
     from tests import inputs
-    from tests.cases import Case
     from tests.compare import same
 
-    ring = 2 * GROUP_BLOCKS
-    case = Case(dataclasses.replace(SHAPES["smoke"], experts=ranks * (ring + 8)), (30,) * ranks)
+    case, ring = recycling(ranks)
     made, device = inputs.make(case), torch.device("cuda")
     wanted = moe_layer(case.recipe, *made.arguments(), experts=case.shape.experts)
     assert all(int((counts > 0).sum()) > ring for counts in wanted.stats), "no place of the ring is taken twice"

@@ -210,6 +210,15 @@ def test_the_number_of_sms_changes_nothing(
     assert_same(wanted.stats, counts, "stats")
 
 
+@pytest.mark.parametrize("masked", [0, 30])
+@pytest.mark.parametrize("shape, sizes", RECYCLING.values(), ids=RECYCLING)
+def test_these_batches_fill_the_smallest_ring_more_than_once(shape: Shape, sizes: tuple[int, ...], masked: int) -> None:
+    case = Case(shape, sizes, masked=masked)
+    topk_idx = torch.cat([idx.flatten() for idx in inputs.make(case).topk_idx])
+    rows = torch.bincount(topk_idx[topk_idx >= 0], minlength=shape.experts)
+    assert max(int(own.sum()) for own in (-(-rows // BLOCK_M)).chunk(case.ranks)) > LEAST
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape, sizes", RECYCLING.values(), ids=RECYCLING)
 def test_the_memory_for_activations_changes_nothing(shape: Shape, sizes: tuple[int, ...]) -> None:
@@ -222,7 +231,8 @@ def test_the_memory_for_activations_changes_nothing(shape: Shape, sizes: tuple[i
         with closing(MegaproofAdapter(ring_blocks)) as adapter:
             y, counts = run(adapter, case, made)
             assert adapter.buffer is not None
-            assert ring_blocks in (None, adapter.buffer.problem.ring_blocks)
+            ring, pool = adapter.buffer.problem.ring_blocks, adapter.buffer.problem.pool_blocks
+            assert ring == min(pool, ring_blocks or pool)
             assert_same(wanted.y, y, f"y with {ring_blocks} blocks")
             assert_same(wanted.stats, counts, "stats")
             found = adapter.stages()["slots"]

@@ -93,7 +93,7 @@ def test_indices_take_tensors() -> None:
 
 # --- the symmetric buffer ---------------------------------------------------------------------------------------------
 
-PROBLEM = Problem(ranks=4, experts=12, topk=3, hidden=512, intermediate=256, capacity=1000)
+PROBLEM = Problem(ranks=4, experts=12, topk=3, hidden=512, intermediate=256, capacity=2000)
 
 
 def fields(problem: Problem) -> dict[str, layout.Field]:
