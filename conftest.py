@@ -1,7 +1,8 @@
 """Options, header and verdicts of the suite: what a run may be asked for, what it says of itself, and when it is green.
 
 Exit statuses are pytest's own, with two additions: 5 also when tests were selected and none of them passed or failed,
-or when `--kernel` names a kernel and no proof of it ran (a run that compared nothing is not green); and 3 for an
+when `--ranks` left no case, when `--kernel` names a kernel and no proof of it ran, or when under `--require-gpu` all
+proofs are of recipes that the kernel does not claim (a run that compared nothing is not green); and 3 for an
 environment that can't run the suite at all. torch is imported late: a run that needs no device starts at once.
 """
 
@@ -27,7 +28,7 @@ from typing import Any
 
 import pytest
 
-from tests.verdicts import OUT_OF_MEMORY, REPRODUCE, Verdicts, out_of_memory, skip_reason
+from tests.verdicts import CASE_PROPERTY, NOT_CLAIMED, OUT_OF_MEMORY, REPRODUCE, Verdicts, out_of_memory, skip_reason
 
 ROOT = Path(__file__).resolve().parent
 MAX_RANKS = 72
@@ -35,8 +36,8 @@ MAX_RANKS = 72
 EXIT_ENVIRONMENT = 3
 DEFAULT_KERNEL = "kernel.adapters:default"
 """As kernel.adapters.DEFAULT, which needs torch."""
-NOT_CLAIMED = "not claimed"
-"""Start of the skip of a recipe that an adapter says it can't run: a statement about the kernel, not a missing GPU."""
+VERDICTS = "megaproof-verdicts"
+"""Name of the plugin that judges the run."""
 CHOOSES_DISTRIBUTION = pytest.StashKey[bool]()
 """Whether the command line says how pytest-xdist distributes tests."""
 SEED_BITS = 64
@@ -147,7 +148,7 @@ def pytest_configure(config: pytest.Config) -> None:
             pytest.exit(
                 f"--world processes with {needed} ranks needs {needed} GPUs, found {gpus}; {advice}", EXIT_ENVIRONMENT
             )
-    config.pluginmanager.register(Verdicts(config, DEFAULT_KERNEL), "megaproof-verdicts")
+    config.pluginmanager.register(Verdicts(config, DEFAULT_KERNEL), VERDICTS)
 
 
 def _check_kernel(spec: str) -> None:
@@ -222,11 +223,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if ranks:
         dropped = [item for item in items if (case := _case(item)) and case.ranks not in ranks]
         config.hook.pytest_deselected(items=dropped)
+        config.pluginmanager.get_plugin(VERDICTS).dropped = len(dropped)
         gone = set(dropped)
         items[:] = [item for item in items if item not in gone]
     for item in items:
-        if getattr(_case(item), "tier", "cpu") == "gpu":
-            item.add_marker("gpu")
+        if case := _case(item):
+            item.user_properties.append((CASE_PROPERTY, getattr(case, "id", "")))
+            if getattr(case, "tier", "cpu") == "gpu":
+                item.add_marker("gpu")
     if seed or config.option.recipe:
         from quant.recipe import RECIPES
 

@@ -295,12 +295,12 @@ class _Plan:
         self.places = places
 
     def launch(self) -> None:
-        if torch.cuda.current_device() != self.device:
-            current = f"cuda:{torch.cuda.current_device()}"
+        if (device := torch.cuda.current_device()) != self.device:
+            current = f"cuda:{device}"
             raise ConfigError(f"sym_buffer is on cuda:{self.device}; it must be on the current device, {current}")
         self.params.timeout_ns = int(TIMEOUT_S * 1e9)
         kernel = _library(self.granularity).kernel(self.entry)
-        kernel(self.params, self.grid, THREADS, self.shared, cooperative=True)
+        kernel(self.params, self.grid, THREADS, self.shared, cooperative=True, device=device)
 
 
 def _template(buffer: SymmBuffer) -> Params:

@@ -119,14 +119,22 @@ class Kernel:
         self._shared: dict[int, int] = {}
 
     def __call__(
-        self, params: ctypes.Structure, grid: int, block: int, shared: int = 0, cooperative: bool = False
+        self,
+        params: ctypes.Structure,
+        grid: int,
+        block: int,
+        shared: int = 0,
+        cooperative: bool = False,
+        device: int | None = None,
     ) -> None:
         """Launches on torch's current stream and returns at once.
 
         params: the one argument, copied by the driver during the call. grid, block: along x. shared: dynamic bytes.
-        cooperative: every block resident at once, or the launch fails. Raises LaunchError.
+        cooperative: every block resident at once, or the launch fails. device: the current one, where the caller knows
+        it. Raises LaunchError.
         """
-        device = torch.cuda.current_device()
+        if device is None:
+            device = torch.cuda.current_device()
         if shared > self._shared.get(device, STATIC_SHARED_LIMIT):
             self._allow_shared(device, shared)
         config = _launch_config(grid, block, shared, cooperative, _raw_stream(device))

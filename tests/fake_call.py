@@ -53,8 +53,8 @@ class FakeLibrary:
         return self
 
     def kernel(self, name: str) -> Callable[..., None]:
-        def launch(params: Any, *sizes: int, cooperative: bool) -> None:
-            assert cooperative
+        def launch(params: Any, *sizes: int, cooperative: bool, device: int) -> None:
+            assert (cooperative, device) == (True, 0)
             self.launches.append((name, api.Params.from_buffer_copy(params), sizes))
 
         return launch

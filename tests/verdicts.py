@@ -9,8 +9,12 @@ import pytest
 
 REPRODUCE = "reproduce with"
 """Title of the line that ends every failure."""
-KERNEL_PROPERTY = "kernel"
-"""Property of a test that compared a kernel with the reference."""
+KERNEL_PROPERTY, CASE_PROPERTY = "kernel", "case"
+"""Properties of a test that compared a kernel with the reference, and of one that ran on a case."""
+NOT_CLAIMED = "not claimed"
+"""Start of the skip of a recipe that an adapter says it can't run: a statement about the kernel, not a missing GPU."""
+DROPPED = "megaproof_dropped_cases"
+"""What a worker of pytest-xdist tells at its end."""
 OUT_OF_MEMORY = "out of GPU memory, which says nothing about the kernel: fewer workers (-n), or a GPU that is free"
 """Note of an error that is not the kernel's."""
 
@@ -38,7 +42,10 @@ class Verdicts:
         self.compared = 0
         self.kernel = config.option.kernel
         self.named = self.kernel != default_kernel
-        self.kernel_proofs = 0
+        self.kernel_proofs = self.cases = 0
+        self.ranks, self.require_gpu = config.option.ranks, config.option.require_gpu
+        self.dropped = 0
+        """Tests on cases that --ranks left out."""
         self.skips: Counter[str] = Counter()
         self.failures: list[str] = []
         self.is_worker = hasattr(config, "workerinput")
@@ -49,7 +56,9 @@ class Verdicts:
             self.skips[skip_reason(report)] += 1
         elif report.failed or (report.passed and report.when == "call"):
             self.compared += 1
-            self.kernel_proofs += report.failed or KERNEL_PROPERTY in dict(report.user_properties)
+            properties = dict(report.user_properties)
+            self.kernel_proofs += report.failed or KERNEL_PROPERTY in properties
+            self.cases += CASE_PROPERTY in properties
         self._note_failure(report)
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
@@ -60,8 +69,15 @@ class Verdicts:
     def _note_failure(self, report: pytest.TestReport | pytest.CollectReport) -> None:
         self.failures += [line for name, line in report.sections if name == REPRODUCE]
 
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: object) -> None:
+        """A worker of pytest-xdist has ended: each has collected all tests, the controller none."""
+        self.dropped = max(self.dropped, getattr(node, "workeroutput", {}).get(DROPPED, 0))
+
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        if self.is_worker:
+            session.config.workeroutput[DROPPED] = self.dropped
         if exitstatus == pytest.ExitCode.OK and self.runs_tests and not self.is_worker and self._unproven():
             session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED
 
@@ -69,7 +85,14 @@ class Verdicts:
         """Why a run without a failure proves nothing, or ''."""
         if not self.compared:
             return "No test passed or failed"
-        return f"No proof of --kernel {self.kernel} ran" if self.named and not self.kernel_proofs else ""
+        if self.dropped and not self.cases:
+            return f"No case of --ranks {','.join(map(str, sorted(self.ranks)))} ran"
+        if self.named and not self.kernel_proofs:
+            return f"No proof of --kernel {self.kernel} ran"
+        unclaimed = sum(count for reason, count in self.skips.items() if reason.startswith(NOT_CLAIMED))
+        if self.require_gpu and unclaimed and not self.kernel_proofs:
+            return f"No proof of the kernel ran: all {unclaimed} are of recipes that it does not claim"
+        return ""
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
         write = terminalreporter.write_line

@@ -10,6 +10,75 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 
+CASES = """
+    import dataclasses
+    import pytest
+
+    @dataclasses.dataclass(frozen=True)
+    class Case:
+        ranks: int
+        seed: int
+
+    CASES = [Case(1, 10), Case(2, 20), Case(8, 2**64 - 1)]
+
+    @pytest.mark.parametrize("case", CASES, ids=lambda case: f"tiny-r{case.ranks}")
+    def test_case(case):
+        print(f"seed of r{case.ranks} is {case.seed}")
+
+    def test_without_a_case():
+        pass
+"""
+FAILS = """
+    import dataclasses
+    import pytest
+
+    @dataclasses.dataclass(frozen=True)
+    class Case:
+        ranks: int
+        seed: int
+
+    @pytest.mark.parametrize("case", [Case(8, 1)], ids=["it's-r8"])
+    def test_case(case):
+        assert case.seed < 0
+
+    @pytest.fixture
+    def broken():
+        raise RuntimeError("in a fixture")
+
+    def test_setup(broken):
+        pass
+"""
+TIERS = """
+    import dataclasses
+    import pytest
+    from quant.recipe import Recipe
+
+    @dataclasses.dataclass(frozen=True)
+    class Case:
+        ranks: int
+        seed: int = 0
+        tier: str = "cpu"
+        recipe: Recipe = Recipe()
+
+        @property
+        def id(self):
+            return f"tiny-r{self.ranks}"
+
+    @pytest.mark.parametrize("case", [Case(1), Case(2, tier="gpu")], ids=lambda case: case.id)
+    def test_case(case):
+        print(f"recipe of r{case.ranks} is {case.recipe.silu}")
+"""
+SKIPS = """
+    import pytest
+
+    @pytest.mark.parametrize("n", range(3))
+    def test_skipped(n):
+        pytest.skip("no vectors")
+
+    def test_other():
+        pytest.importorskip("a_module_that_is_not_there")
+"""
+
 
 def environment() -> dict[str, str]:
     """This process's environment without what steers pytest, with the checkout importable and no GPU visible."""
