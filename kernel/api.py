@@ -124,9 +124,9 @@ def transform_weights_for_mega_moe_sm90(
     Gate and up rows of W1 are interleaved in groups of 8; then the bytes of both matrices stand in swizzled tiles of
     128 rows x 128 columns, the rows of each in the order of kernel/tiles.py: element [e, n, k] of a result is no longer
     weight (n, k), and `untiled` gives it back. l1: (fp8 [E_loc, 2I, H] gate rows then up rows, float32
-    [E_loc, 2I/128, H/128]); l2: (fp8 [E_loc, H, I], float32 [E_loc, H/128, I/128]). Raises ValueError for sizes that
-    are no multiple of 128.
+    [E_loc, 2I/128, H/128]); l2: (fp8 [E_loc, H, I], float32 [E_loc, H/128, I/128]). Raises ConfigError.
     """
+    arguments.check_to_transform(l1, l2)
     (w1, w1_sf), (w2, w2_sf) = l1, l2
     (_, n1, _), (_, n2, _) = w1.shape, w2.shape
     w1 = tiled(w1.view(torch.uint8), w1_rows(n1)).view(w1.dtype)

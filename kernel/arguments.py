@@ -15,6 +15,8 @@ from kernel.symm import RankViews, SymmBuffer
 from quant.recipe import Recipe, RecipeError
 
 STATS = "cumulative_local_expert_recv_stats"
+BLOCK = 128
+"""Rows and columns of weights that share a scale."""
 ALIGNED = 16
 """Bytes: TMA reads weights, and y is written, at addresses that are multiples of this."""
 
@@ -61,6 +63,35 @@ def check_weights(buffer: SymmBuffer, l1s: Any, l2s: Any) -> None:
             _check_tensor(buffer, f"{name} scales", pair[1], torch.float32, (e, n // 128, k // 128), align=4)
 
 
+def check_to_transform(l1: Any, l2: Any) -> None:
+    """l1, l2: (fp8 [E, 2I, H], float32 [E, 2I/128, H/128]) and (fp8 [E, H, I], float32 [E, H/128, I/128])."""
+    shapes = []
+    for name, pair in (("l1", l1), ("l2", l2)):
+        if not isinstance(pair, tuple | list) or len(pair) != 2 or not all(isinstance(t, Tensor) for t in pair):
+            raise ConfigError(f"{name} is {_kind(pair)}; it must be a tuple (fp8 weights, float32 scales)")
+        w, sf = pair
+        if w.dtype != torch.float8_e4m3fn or w.dim() != 3:
+            raise ConfigError(
+                f"{name} is {w.dtype} {list(w.shape)}; it must be torch.float8_e4m3fn [E_loc, rows, columns]"
+            )
+        e, n, k = w.shape
+        if n % BLOCK or k % BLOCK:
+            raise ConfigError(f"{name} has {n} rows and {k} columns; both must be multiples of {BLOCK}")
+        blocks = (e, n // BLOCK, k // BLOCK)
+        if sf.dtype != torch.float32 or tuple(sf.shape) != blocks:
+            found = f"{sf.dtype} {list(sf.shape)}"
+            raise ConfigError(
+                f"{name} scales are {found}; they must be torch.float32 {list(blocks)}, one a block of 128 x 128"
+            )
+        shapes.append((e, n, k))
+    (e, n, k), found = shapes
+    if found != (e, k, n // 2) or n % (2 * BLOCK):
+        raise ConfigError(
+            f"l1 is {[e, n, k]} and l2 {list(found)}; they must be [E_loc, 2I, H] and [E_loc, H, I], "
+            f"I a multiple of {BLOCK}"
+        )
+
+
 def check_outputs(buffer: SymmBuffer, ys: Any, stats: Any) -> None:
     """ys: bfloat16 [T, H] a rank, in memory of their own; stats: int32 [E_loc] or None a rank."""
     problem = buffer.problem
@@ -70,13 +101,13 @@ def check_outputs(buffer: SymmBuffer, ys: Any, stats: Any) -> None:
         if y.shape[0] > problem.capacity:
             rule = f"the buffer holds num_max_tokens_per_rank = {problem.capacity}"
             raise ConfigError(f"{name} has {y.shape[0]} tokens; {rule}")
-    if len(ys) > 1:
-        _check_disjoint("y", ys)
+    _check_disjoint("y", ys)
+    _check_outside(buffer, "y", ys)
     for name, counts in _by_rank(buffer, STATS, stats):
         if counts is not None:
             _check_tensor(buffer, name, counts, torch.int32, (problem.experts_local,), align=4)
-    if len(stats) > 1:
-        _check_disjoint(STATS, stats)
+    _check_disjoint(STATS, stats)
+    _check_outside(buffer, STATS, stats)
 
 
 def _check_disjoint(name: str, tensors: Sequence[Tensor | None]) -> None:
@@ -86,6 +117,20 @@ def _check_disjoint(name: str, tensors: Sequence[Tensor | None]) -> None:
         if start < end:
             others = f"{name} of rank {first}"
             raise ConfigError(f"{name} of rank {second} overlaps {others}; each rank must have its own memory")
+
+
+def _check_outside(buffer: SymmBuffer, name: str, tensors: Sequence[Tensor | None]) -> None:
+    """Inputs and workspace stay: no output is in the symmetric memory of a rank."""
+    for rank in range(buffer.problem.ranks):
+        storage = buffer.rank(rank).storage
+        for tensor in tensors:
+            if tensor is None or tensor.is_meta or not tensor.numel():
+                continue
+            if (
+                storage.data_ptr() < tensor.data_ptr() + tensor.nbytes
+                and tensor.data_ptr() < storage.data_ptr() + storage.nbytes
+            ):
+                raise ConfigError(f"{name} lies in sym_buffer's memory of rank {rank}; it must have its own")
 
 
 def check_indices(problem: Problem, views: Sequence[RankViews], tokens: Sequence[int]) -> None:
@@ -122,6 +167,11 @@ def _check_tensor(
         raise ConfigError(f"{name} is {found}; it must be {_wanted(dtype, shape)}")
     if tensor.device != buffer.device:
         raise ConfigError(f"{name} is on {tensor.device}; it must be on the buffer's device, {buffer.device}")
+    end = tensor.storage_offset() * tensor.itemsize + tensor.nbytes
+    if not tensor.is_meta and (held := tensor.untyped_storage().nbytes()) < end:
+        raise ConfigError(
+            f"{name} ends at byte {end} of a storage of {held}; its memory must be there, and was let go of"
+        )
     if tensor.data_ptr() % align:
         raise ConfigError(f"{name} begins at {tensor.data_ptr():#x}; its address must be a multiple of {align}")
 

@@ -78,8 +78,7 @@ class Problem:
     """Pool blocks that activations have memory for; None: RING_BLOCKS, or fewer where fewer can fill."""
 
     def __post_init__(self) -> None:
-        for name in ("hidden", "intermediate"):
-            value = getattr(self, name)
+        for name, value in (("hidden", self.hidden), ("intermediate_hidden", self.intermediate)):
             if value <= 0 or value % 128:
                 raise ConfigError(f"{name} = {value} must be a positive multiple of 128")
         if not 1 <= self.ranks <= MAX_RANKS:

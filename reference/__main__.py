@@ -39,7 +39,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="one JSON object instead of
 def find_case(case_id: str) -> Case:
     """The one case with this id, or the first whose id starts so. Raises typer.BadParameter naming the closest ids."""
     matching = [case for case in CASES if case.id == case_id] or [c for c in CASES if c.id.startswith(case_id)]
-    if not matching:
+    if not case_id or not matching:
         near = difflib.get_close_matches(case_id, [case.id for case in CASES], n=3, cutoff=0.0)
         raise typer.BadParameter(f"no case {case_id!r}; closest: {', '.join(near)}")
     return matching[0]

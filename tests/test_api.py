@@ -13,7 +13,7 @@ from torch import Tensor
 from kernel import api, arguments, config
 from kernel.config import ConfigError, Problem
 from quant.recipe import RECIPES, Recipe, RecipeError
-from tests.fake_call import CAPACITY, EXPERTS, HIDDEN, SMS, FakeLibrary, call, installed
+from tests.fake_call import BF16, CAPACITY, EXPERTS, FP8, HIDDEN, SMS, FakeLibrary, call, installed
 
 
 @pytest.fixture
@@ -115,6 +115,37 @@ def test_a_virtual_group_refuses_by_name_and_rank(library: FakeLibrary, rule: st
     assert [params.rank[1].tokens for _, params, _ in library.launches] == [2, 4]
 
 
+def freed(tensor: Tensor) -> Tensor:
+    """The same tensor after its memory was let go of, as FSDP does."""
+    copy = tensor.clone()
+    copy.untyped_storage().resize_(0)
+    return copy
+
+
+@pytest.mark.parametrize("argument", ["y", "l1_weights", "cumulative_local_expert_recv_stats"])
+def test_memory_that_is_not_there_is_refused(library: FakeLibrary, argument: str) -> None:
+    good = call()
+    value = good[argument]
+    gone = (freed(value[0]), value[1]) if isinstance(value, tuple) else freed(value)
+    with pytest.raises(ConfigError, match=f"{argument} ends at byte .* of a storage of 0; its memory must be there"):
+        api.fp8_mega_moe(**good | {argument: gone})
+    assert not library.launches
+
+
+@pytest.mark.parametrize("field", ["slots", "topk_weights"])
+def test_outputs_in_the_buffer_are_refused(library: FakeLibrary, field: str) -> None:
+    good = call(2)
+    inside = getattr(good["sym_buffer"].rank(1), field).flatten()
+    y = inside.view(BF16)[:HIDDEN].view(1, HIDDEN) if field == "slots" else good["y"][1]
+    counts = inside.view(torch.int32)[: EXPERTS // 2] if field == "topk_weights" else None
+    stats = None if counts is None else [None, counts]
+    with pytest.raises(
+        ConfigError, match=r"(y|_recv_stats) lies in sym_buffer's memory of rank 1; it must have its own"
+    ):
+        api.fp8_mega_moe(**good | {"y": [good["y"][0], y], "cumulative_local_expert_recv_stats": stats})
+    assert not library.launches
+
+
 def test_meta_tensors_are_judged_too() -> None:
     good = call(2, device="meta")
     arguments.check_weights(good["sym_buffer"], good["l1_weights"], good["l2_weights"])
@@ -214,7 +245,7 @@ SIZES = {"num_experts": 4, "num_max_tokens_per_rank": 8, "num_topk": 2, "hidden"
         ),
         ({"num_topk": 2.0}, "num_topk = 2.0 must be an int"),
         ({"hidden": 255}, "hidden = 255 must be"),
-        ({"intermediate_hidden": 192}, "intermediate = 192 must be a positive multiple of 128"),
+        ({"intermediate_hidden": 192}, "intermediate_hidden = 192 must be a positive multiple of 128"),
         ({"group": api.VirtualGroup(2), "num_experts": 5}, "num_experts = 5 must be a multiple of ranks = 2"),
         ({"num_topk": 33}, "num_topk = 33 must be in"),
         ({"num_max_tokens_per_rank": 0}, "num_max_tokens_per_rank = 0 must be positive"),
@@ -271,3 +302,51 @@ def test_the_current_device_must_be_the_buffers(library: FakeLibrary, monkeypatc
 def test_names_of_the_public_call() -> None:
     names = "y l1_weights l2_weights sym_buffer cumulative_local_expert_recv_stats recipe activation activation_clamp"
     assert list(inspect.signature(api.fp8_mega_moe).parameters) == [*names.split(), "fast_math", "check"]
+
+
+# --- weights before they are transformed ------------------------------------------------------------------------------
+
+
+def untransformed(**changes: Any) -> dict[str, Any]:
+    """Legal l1 and l2 of E = 2, H = 256, I = 128, with some of the four tensors replaced."""
+    made = {
+        "w1": torch.zeros(2, 256, 256).to(FP8),
+        "w1_sf": torch.ones(2, 2, 2),
+        "w2": torch.zeros(2, 256, 128).to(FP8),
+        "w2_sf": torch.ones(2, 2, 1),
+    } | changes
+    return {"l1": (made["w1"], made["w1_sf"]), "l2": (made["w2"], made["w2_sf"])}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"w1": torch.zeros(2, 256, 256)}, r"l1 is torch.float32 \[2, 256, 256\]; it must be torch.float8_e4m3fn"),
+        ({"w2": torch.zeros(2, 256, 128, dtype=torch.uint8)}, r"l2 is torch.uint8 \[2, 256, 128\]"),
+        ({"w2": torch.zeros(256, 128).to(FP8)}, r"l2 is torch.float8_e4m3fn \[256, 128\]; it must be"),
+        ({"w1": torch.zeros(2, 192, 256).to(FP8)}, "l1 has 192 rows and 256 columns; both must be multiples of 128"),
+        (
+            {"w1_sf": torch.ones(2, 2, 1)},
+            r"l1 scales are torch.float32 \[2, 2, 1\]; they must be torch.float32 \[2, 2, 2\]",
+        ),
+        ({"w2_sf": torch.ones(2, 2, 1).double()}, r"l2 scales are torch.float64"),
+        ({"w2_sf": None}, r"l2 is a tuple of 2; it must be a tuple \(fp8 weights, float32 scales\)"),
+        (
+            {"w1": torch.zeros(2, 128, 256).to(FP8), "w1_sf": torch.ones(2, 1, 2)},
+            r"l1 is \[2, 128, 256\] and l2 \[2, 256, 128\]; they must be \[E_loc, 2I, H\] and",
+        ),
+        ({"w2": torch.zeros(3, 256, 128).to(FP8), "w2_sf": torch.ones(3, 2, 1)}, r"and l2 \[3, 256, 128\]"),
+    ],
+    ids=["float", "bytes", "two dimensions", "192 rows", "few scales", "double", "no scales", "I = 64", "experts"],
+)
+def test_weights_that_cannot_be_transformed_are_refused(changes: dict[str, Any], message: str) -> None:
+    api.transform_weights_for_mega_moe_sm90(**untransformed())
+    with pytest.raises(ConfigError, match=message):
+        api.transform_weights_for_mega_moe_sm90(**untransformed(**changes))
+
+
+def test_weights_are_pairs() -> None:
+    pairs = untransformed()
+    for wrong in (pairs["l1"][0], None, pairs["l1"][:1]):
+        with pytest.raises(ConfigError, match=r"l1 is .*; it must be a tuple"):
+            api.transform_weights_for_mega_moe_sm90(wrong, pairs["l2"])

@@ -95,7 +95,7 @@ def test_fields_do_not_overlap(
     [
         ("hidden", 4000, "hidden = 4000 must be a positive multiple of 128"),
         ("hidden", 0, "hidden = 0"),
-        ("intermediate", 64, "intermediate = 64"),
+        ("intermediate", 64, "intermediate_hidden = 64"),
         ("ranks", 0, "ranks = 0 must be in"),
         ("ranks", MAX_RANKS + 1, f"must be in \\[1, {MAX_RANKS}\\]"),
         ("experts", 255, "num_experts = 255 must be a multiple of ranks = 8"),

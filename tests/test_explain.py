@@ -187,6 +187,7 @@ def test_the_command_follows_the_seed() -> None:
     ("arguments", "says"),
     [
         (["no-such-case", "--rank", 0, "--token", 0, "--column", 0], "no case 'no-such-case'; closest:"),
+        (["", "--rank", 0, "--token", 0, "--column", 0], "no case ''; closest:"),
         ([MASKED.id, "--rank", 0, "--token", 99, "--column", 0], "token = 99"),
         ([MASKED.id, "--rank", 0], "--token, --column must be given"),
         ([MASKED.id, "--expert", 16], "expert = 16"),
