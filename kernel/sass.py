@@ -86,11 +86,13 @@ def parse(text: str) -> dict[str, Figures]:
     return figures
 
 
-def faults(name: str, entry: Entry, figures: Figures, gemm: bool, roles: bool, shared: int | None) -> list[str]:
+def faults(
+    name: str, entry: Entry, figures: Figures, gemm: bool, roles: bool, shared: int | None, static: int | None = None
+) -> list[str]:
     """What the gate refuses in a kernel, as sentences.
 
     gemm: whether it multiplies on the tensor core, and must; roles: whether its warpgroups share out registers;
-    shared: bytes of dynamic shared memory, None where the problem decides.
+    shared: bytes of dynamic shared memory, None where the problem decides; static: of what stands beside it, None: any.
     """
     found = []
     if bool(figures.qgmma) != gemm:
@@ -112,6 +114,8 @@ def faults(name: str, entry: Entry, figures: Figures, gemm: bool, roles: bool, s
             found.append(
                 f"the roles ask for {sums} = {total} registers; a block is launched with {held} and would hang"
             )
-    if shared is not None and shared > SHARED_LIMIT:
-        found.append(f"{shared} bytes of dynamic shared memory, {SHARED_LIMIT} at most")
+    if static is not None and entry.shared != static:
+        found.append(f"{entry.shared} bytes of static shared memory, {static} expected")
+    if shared is not None and shared + entry.shared > SHARED_LIMIT:
+        found.append(f"{shared} bytes of dynamic shared memory and {entry.shared} of static, {SHARED_LIMIT} at most")
     return [f"{name}: {fault}" for fault in found]

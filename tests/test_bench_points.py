@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from itertools import pairwise
 
 import pytest
 import typer
@@ -41,6 +42,18 @@ def test_both_sides_of_a_threshold(monkeypatch: pytest.MonkeyPatch) -> None:
     """112 rows an expert, 32 of them, 6 slots a token: 597 tokens are 111.9 rows, 598 are 112.1."""
     monkeypatch.setattr(config, "THRESHOLDS", (112,), raising=False)
     assert {597, 598} <= set(points.default_tokens("dsv4_flash", SHAPES["dsv4_flash"]))
+
+
+@pytest.mark.parametrize("preset", PEERS["shapes"])
+def test_both_sides_of_every_change_of_the_schedule(preset: str) -> None:
+    """Every T while blocks are few, then some: where two differ, a change that is measured stands between them."""
+    shape, tokens = SHAPES[preset], set(points.default_tokens(preset, SHAPES[preset]))
+    looked = [*range(1, 65), *range(128, 2049, 128), points.CAPACITY]
+    seen = {t: points.schedule(shape, t) for t in {*looked, *points.turns(shape)}}
+    assert set(points.turns(shape)) <= tokens
+    changes = [(a, b) for a, b in pairwise(sorted(seen)) if seen[a] != seen[b]]
+    assert all(b == a + 1 and {a, b} <= tokens for a, b in changes)
+    assert {states[1:] for states in seen.values()} == {(False, False), (True, False), (True, True)}
 
 
 @given(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -87,7 +88,7 @@ def test_no_cubin_is_an_error() -> None:
         ({"raised": (224, 232)}, True, True, 0, "two values expected"),
         ({}, True, False, 0, r"setmaxnreg to \[40, 232\]: none expected"),
         ({"lowered": (48,)}, True, True, 0, r"128 x 48 \+ 256 x 232 = 65536 registers; .* 64512"),
-        ({}, True, True, SHARED_LIMIT + 1, "232449 bytes of dynamic shared memory, 232448 at most"),
+        ({}, True, True, SHARED_LIMIT + 1, "232449 bytes of dynamic shared memory and 0 of static, 232448 at most"),
     ],
 )
 def test_faults(changes: dict, gemm: bool, roles: bool, shared: int, message: str) -> None:
@@ -105,6 +106,16 @@ def test_roles_may_set_registers_back_to_those_of_the_launch() -> None:
     for other in (sass.Figures(8, 0, (40, 160), (160, 232)), sass.Figures(8, 0, (168,), (168,))):
         (fault,) = sass.faults("k", ENTRY, other, True, True, 0)
         assert "two values expected" in fault
+
+
+def test_shared_memory_of_both_kinds() -> None:
+    """Static memory is declared by the target, and the two together fit a block."""
+    static = dataclasses.replace(ENTRY, shared=1024)
+    assert not sass.faults("k", static, CLEAN, True, True, SHARED_LIMIT - 1024, 1024)
+    (fault,) = sass.faults("k", static, CLEAN, True, True, SHARED_LIMIT - 1023, 1024)
+    assert f"1024 of static, {SHARED_LIMIT} at most" in fault
+    (fault,) = sass.faults("k", static, CLEAN, True, True, 0, 0)
+    assert "1024 bytes of static shared memory, 0 expected" in fault
 
 
 def test_parse() -> None:
@@ -129,7 +140,7 @@ def test_missing_disassembler_is_said_and_the_rest_works(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(sass, "disassembler", missing)
     run = CliRunner().invoke(cli.app, ["build", "twin", "--json"])
-    assert run.exit_code == 0, run.output
+    assert run.exit_code == 3, "what was not checked is not passed"
     report = json.loads(run.stdout)
     assert report["sass"].startswith("not checked: nvdisasm missing")
     assert {row["qgmma"] for row in report["configurations"]} == {None}

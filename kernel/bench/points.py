@@ -7,7 +7,11 @@ import math
 import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from itertools import pairwise
 from typing import Any
+
+import torch
 
 from kernel import config
 from kernel.bench.load import ROUTINGS
@@ -15,11 +19,14 @@ from kernel.bench.timer import REGIMES
 from kernel.build import FOLDER
 from kernel.roofline import RANKS
 from quant.recipe import SHAPES, Shape
+from reference.scheduler import l2_width
 
 PEERS: dict[str, Any] = json.loads((FOLDER / "peers_h200.json").read_text())
 """What public kernels took on an H200."""
 CAPACITY, CLAMP = 8192, 10.0
 """The peers' own."""
+SMS, FEW_TOKENS = 132, 64
+"""Of an H200, whose sweep is measured; T up to which every one is looked at for a change of the schedule."""
 SIZES = ("hidden", "intermediate", "experts", "topk")
 """What makes a shape; experts are those of the measured rank."""
 
@@ -105,10 +112,38 @@ class Options:
 
 
 def default_tokens(name: str, shape: Shape) -> list[int]:
-    """Powers of two up to 8192, the peers' T of the shape, and both sides of every threshold of the tile."""
+    """Powers of two up to 8192, the peers' T of the shape, and both sides of every threshold of tile and schedule."""
     powers = {1 << n for n in range(14)}
     measured = {int(t) for column in PEERS["us"].get(name, {}).values() for t in column}
-    return sorted(powers | measured | set(sides(shape, config.THRESHOLDS)))
+    return sorted(powers | measured | set(sides(shape, config.THRESHOLDS)) | set(turns(shape)))
+
+
+def schedule(shape: Shape, tokens: int) -> tuple[int, bool, bool]:
+    """What the schedule of the folded routing depends on: GEMM 2's width, more than one group, a ring taken again."""
+    experts = shape.experts_per_rank(RANKS)
+    counts = torch.bincount(ROUTINGS["folded"](tokens, experts, shape.topk, 0).flatten(), minlength=experts)
+    blocks = int((-(-counts // config.BLOCK_M)).sum())
+    return l2_width(shape.hidden, blocks, SMS), blocks > config.GROUP_BLOCKS, blocks > config.RING_BLOCKS
+
+
+@cache
+def turns(shape: Shape) -> tuple[int, ...]:
+    """The last T before and the first T after each change of `schedule`, up to CAPACITY.
+
+    The width may go to and fro while blocks are few; then there is one change each to more groups and to a full ring.
+    """
+    found, few = set(), [schedule(shape, t) for t in range(1, FEW_TOKENS + 1)]
+    for t, (before, after) in enumerate(pairwise(few), 1):
+        found |= {t, t + 1} if before != after else set()
+    for changed in (1, 2):
+        low, high = FEW_TOKENS, CAPACITY
+        if few[-1][changed] or not schedule(shape, high)[changed]:
+            continue
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if schedule(shape, middle)[changed] else (middle, high)
+        found |= {low, high}
+    return tuple(sorted(found))
 
 
 def sides(shape: Shape, thresholds: Iterable[float]) -> list[int]:

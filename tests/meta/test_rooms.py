@@ -70,6 +70,15 @@ def test_both_wings_have_the_same_tile_and_groups() -> None:
     assert kernel == (layout.BLOCK_M, scheduler.BLOCK_N, scheduler.TURN_N, scheduler.GROUP_BLOCKS)
 
 
+def test_peers_are_reached_through_layout_alone() -> None:
+    """Where the ranks' memory is, is one file's business: no other source indexes the buffers of the parameters."""
+    sources = [*(ROOT / "kernel").glob("*.cuh"), *(ROOT / "kernel").glob("*.cu")]
+    reaching = {
+        path.name for path in sources if re.search(r"\bbuffer\[(?!kMaxRanks\])", path.read_text(encoding="utf-8"))
+    }
+    assert reaching == {"layout.cuh"}
+
+
 def test_a_call_is_no_definition() -> None:
     source = "// meet(r)\n__device__ __forceinline__ u32* rows(int a) { return spin(a); }\nstruct Plan { u32 n; };"
     assert defined_in_cuda(source) == {"rows", "Plan"}
