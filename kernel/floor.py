@@ -40,6 +40,8 @@ class Tasks:
     l1: int
     l2: int
     sms: int
+    l2_width: int
+    """Columns of a tile of GEMM 2, the one thing that is chosen: half a tile where blocks are few."""
 
     @property
     def per_sm(self) -> float:
@@ -58,8 +60,9 @@ class Tasks:
 def tasks(counts: list[int], hidden: int, intermediate: int, sms: int) -> Tasks:
     """counts: rows of each local expert."""
     blocks = sum(-(-rows // config.BLOCK_M) for rows in counts)
-    widths = (2 * intermediate, config.BLOCK_N), (hidden, l2_width(hidden, blocks, sms))
-    return Tasks(*(blocks * -(-n // width) for n, width in widths), sms)
+    narrow = l2_width(hidden, blocks, sms)
+    l1, l2 = (blocks * -(-n // width) for n, width in ((2 * intermediate, config.BLOCK_N), (hidden, narrow)))
+    return Tasks(l1, l2, sms, narrow)
 
 
 def routed(shape: Shape, tokens: int, routing: str, seed: int) -> list[int]:
@@ -75,9 +78,12 @@ def row(chip: Chip, shape: Shape, tokens: int, routing: str, seed: int) -> dict[
     load = Load(shape.hidden, shape.intermediate, tokens, sum(counts), sum(map(bool, counts)))
     found = tasks(counts, shape.hidden, shape.intermediate, chip.sms)
     read, multiply = chip.read_us(load.bytes), chip.multiply_us(load)
-    times = {"read_us": read, "multiply_us": multiply, "floor_us": max(read, multiply)}
+    floor = max(read, multiply)
+    times = {"read_us": read, "multiply_us": multiply, "floor_us": floor}
+    times |= {"tflops": load.flops / floor / 1e6, "hbm_gb_s": load.bytes / floor / 1e3}
     sizes = {"bytes": load.bytes, "flops": load.flops}
     waves = {"l1_tasks": found.l1, "l2_tasks": found.l2, "tasks_per_sm": found.per_sm, "last_wave": found.last_wave}
+    waves["l2_width"] = found.l2_width
     bound = "read" if read >= multiply else "multiply"
     return {"preset": shape.name, "T": tokens, "routing": routing, **sizes, **times, "bound": bound, **waves}
 
@@ -104,13 +110,15 @@ def memory_text(rows: list[dict[str, Any]]) -> str:
 def text(rows: list[dict[str, Any]]) -> str:
     """A table for people."""
     head = (
-        "preset          T       MB    GFLOP  read us  mult us floor us  by        L1 tasks L2 tasks  per SM last wave"
+        "preset          T       MB    GFLOP  read us  mult us floor us TFLOP/s   GB/s  by        "
+        "L1 tasks L2 tasks width  per SM last wave"
     )
     lines = [head]
     for r in rows:
         cells = f"{r['preset']:11} {r['T']:5} {r['bytes'] / 1e6:8.1f} {r['flops'] / 1e9:8.1f}"
         cells += "".join(f" {r[name]:8.1f}" for name in ("read_us", "multiply_us", "floor_us"))
-        cells += f"  {r['bound']:8} {r['l1_tasks']:9} {r['l2_tasks']:8} {r['tasks_per_sm']:7.2f} {r['last_wave']:9.0%}"
+        cells += f" {r['tflops']:7.1f} {r['hbm_gb_s']:6.0f}  {r['bound']:8} {r['l1_tasks']:9} {r['l2_tasks']:8}"
+        cells += f" {r['l2_width']:5} {r['tasks_per_sm']:7.2f} {r['last_wave']:9.0%}"
         lines.append(cells)
     return "\n".join(lines)
 

@@ -55,11 +55,12 @@ def test_tasks_are_those_of_the_scheduler(preset: str, routing: str, tokens: int
     all_tasks = scheduler.all_tasks(plan, shape.hidden, shape.intermediate)
     found = floor.tasks(counts, shape.hidden, shape.intermediate, 78)
     assert (found.l1, found.l2) == (sum(not task.l2 for task in all_tasks), sum(task.l2 for task in all_tasks))
+    assert found.l2_width == plan.l2_width
 
 
 @pytest.mark.parametrize("l1, l2, waves, last", [(78, 78, 2, 1.0), (78, 79, 3, 1 / 78), (1, 0, 1, 1 / 78)])
 def test_waves(l1: int, l2: int, waves: int, last: float) -> None:
-    found = floor.Tasks(l1, l2, 78)
+    found = floor.Tasks(l1, l2, 78, 256)
     assert (found.waves, found.per_sm) == (waves, (l1 + l2) / 78)
     assert found.last_wave == pytest.approx(last)
 
@@ -94,7 +95,10 @@ def test_the_command_as_json() -> None:
     small, large = result["rows"]
     assert (small["bound"], large["bound"]) == ("read", "multiply")
     assert small["bytes"] == Load(4096, 2048, 1, 6, 6).bytes
-    assert (small["l1_tasks"], small["l2_tasks"]) == (6 * 16, 6 * 32)  # GEMM 2 in halves of a tile
+    assert (small["l1_tasks"], small["l2_tasks"], small["l2_width"]) == (6 * 16, 6 * 32, 128)
+    assert large["l2_width"] == 256
+    assert large["tflops"] == pytest.approx(296 * 1275 / 1979)
+    assert small["hbm_gb_s"] == pytest.approx(small["bytes"] / small["read_us"] / 1e3)
     for row in result["rows"]:
         assert row["floor_us"] == max(row["read_us"], row["multiply_us"])
         assert row["tasks_per_sm"] == pytest.approx((row["l1_tasks"] + row["l2_tasks"]) / 78)
