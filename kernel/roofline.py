@@ -54,7 +54,7 @@ class Chip:
 
 
 CHIPS = {"H200": Chip(132, 4.8, 1979, True), "H20": Chip(78, 4.0, 296, False)}
-"""Published rates, FP8 without sparsity: the H200's by NVIDIA's data sheet; the H20's as widely quoted, its own was not seen."""
+"""Published rates, FP8 without sparsity: the H200's by NVIDIA's data sheet; the H20's as widely quoted."""
 
 
 @dataclass(frozen=True)
