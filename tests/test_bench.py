@@ -143,8 +143,8 @@ def test_inputs_are_quantised_as_a_caller_does() -> None:
 
 
 def test_the_baseline_gets_the_weights_that_the_kernel_has() -> None:
-    w1, w2 = (torch.randint(0, 256, (2, *size), dtype=torch.uint8) for size in ((256, 128), (128, 256)))
-    w1_sf, w2_sf = torch.rand(2, 2, 1), torch.rand(2, 1, 2)
+    w1, w2 = (torch.randint(0, 256, (2, *size), dtype=torch.uint8) for size in ((256, 128), (128, 128)))
+    w1_sf, w2_sf = torch.rand(2, 2, 1), torch.rand(2, 1, 1)
     l1, l2 = api.transform_weights_for_mega_moe_sm90(
         (w1.view(torch.float8_e4m3fn), w1_sf), (w2.view(torch.float8_e4m3fn), w2_sf)
     )

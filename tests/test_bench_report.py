@@ -1,4 +1,4 @@
-"""The README's results: what is rendered from a result, what each target says, and the command. No GPU."""
+"""The README's results: what is rendered from a result, and the command. No GPU."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from typing import Any
 import pytest
 
 from kernel import __main__ as cli
-from kernel.bench import report, results
-from kernel.bench.targets import TARGETS, Target, verdict, with_share_before
+from kernel import phases
+from kernel.bench import report, results, sections
+from kernel.bench.rows import CLOCK
+from kernel.bench.targets import TARGETS
 from kernel.build import EnvironmentMissing, sources_sha256
 from tests import command_line
 
 ROW = {"preset": "dsv4_flash", "routing": "folded", "regime": "l2 flushed", "granularity": 64, "T": 1, "us": 74.67}
 ROW |= {"tflops": 4.04, "hbm_gb_s": 2025, "share_floor": 0.625, "share_read": 0.562, "share_compute": 0.634}
-ROW |= {"us_spread": 0.5, "ratio_best": 1.156, "ratio_pr323": 1.156, "ratio_pr383": None}
+ROW |= {"us_spread": 0.5, "grouped_gemms": 51.5, "ratio_best": 1.156, "ratio_pr323": 1.156, "ratio_pr383": None}
 RUN = {
     "device": "NVIDIA H200",
     "driver": "580",
@@ -32,12 +34,6 @@ def sweep(*rows: dict[str, Any]) -> dict[str, Any]:
     return SWEEP | {"rows": [ROW | row for row in rows]}
 
 
-def said(text: str, rows: list[dict[str, Any]], result: str = "sweep") -> tuple[int, int, str]:
-    """What the one target whose text begins so says of these rows."""
-    (target,) = (target for target in TARGETS if target.text.startswith(text) and target.result == result)
-    return verdict(target, with_share_before([ROW | row for row in rows]))
-
-
 class TestRender:
     def test_a_preset(self) -> None:
         text = report.render({"sweep": sweep({"T": 8192, "us": 2548.23, "ratio_best": None}, {})})
@@ -49,8 +45,11 @@ class TestRender:
         assert "| GB/s | 2,025 |" in text
         assert "| of the plain read | 0.56 |" in text
         assert "| of the best | 1.16 |  |  |  |  |  |  |  |  |" in text
-        assert "| of the best: at most 1 | 0 of 1 points | dsv4_flash 1.156 at T = 1 |" in text
         assert max(map(len, text.partition("|")[0].splitlines())) <= 120
+
+    def test_grouped_gemms(self) -> None:
+        text = report.render({"sweep": sweep({"us": 77.25}, {"T": 8, "grouped_gemms": None})})
+        assert "| of the grouped GEMMs alone | 1.50 |  |  |" in text
 
     def test_a_row_of_another_kind_is_left_out(self) -> None:
         others = ({"granularity": 128}, {"routing": "distinct"}, {"regime": "sustained"})
@@ -58,8 +57,11 @@ class TestRender:
         assert report.render({"sweep": sweep({}, *rows)}) == report.render({"sweep": sweep({})})
 
     def test_a_missing_file_has_no_line(self) -> None:
-        text = report.render({"sweep": sweep({})})
-        assert not any(word in text for word in ("| distinct", "| sustained", "| scales per 128", "cuBLASLt |"))
+        text, _, targets = report.render({"sweep": sweep({})}).partition("| target |")
+        words = ("| distinct", "| sustained", "| scales per 128", "cuBLASLt |", "Time with scales", "| prologue")
+        assert not any(word in text for word in words)
+        assert "yardsticks" not in text
+        assert "| distinct routing, of the best: at most 1 | not measured |  |  |" in targets
 
     def test_other_files_have_theirs(self) -> None:
         found = {
@@ -67,13 +69,6 @@ class TestRender:
             "distinct": RUN | {"rows": [ROW | {"routing": "distinct", "us": 68.11, "ratio_best": 0.94}]},
             "sustained": RUN | {"rows": [ROW | {"regime": "sustained", "us": 63.65}]},
             "granularity_128": RUN | {"rows": [ROW | {"granularity": 128, "us": 72.74, "ratio_best": 1.126}]},
-            "dense": RUN
-            | {
-                "rows": [
-                    {"group": group, "m": 8192, "n": 4096, "k": 2048, "tflops": tflops, "cublaslt_tflops": 1250}
-                    for group, tflops in ((128, 987), (64, 842))
-                ]
-            },
         }
         text = report.render(found)
         assert "| distinct routing, us | 68.1 |" in text
@@ -81,8 +76,7 @@ class TestRender:
         assert "| sustained, us | 63.6 |" in text
         assert "| scales per 128, us | 72.7 |" in text
         assert "| scales per 128, of the best | 1.13 |" in text
-        assert "| 8192 x 4096 x 2048 | 987 | 842 | 1,250 |" in text
-        assert "| distinct routing, of the best: at most 1 | 1 of 1 points |  |" in text
+        assert "| scales per 128, of the grouped GEMMs alone | 1.41 |" in text
 
     def test_other_presets_are_folded_away(self) -> None:
         text = report.render({"sweep": sweep({"preset": "glm"}, {})})
@@ -90,7 +84,7 @@ class TestRender:
         assert text.count("<details>") == text.count("</details>") == 1
 
     def test_a_share_is_shown_where_it_binds(self) -> None:
-        text = report.render({"sweep": sweep(*({"T": tokens} for tokens in report.TOKENS))})
+        text = report.render({"sweep": sweep(*({"T": tokens} for tokens in sections.TOKENS))})
         assert "| of the plain read | 0.56 | 0.56 | 0.56 | 0.56 | 0.56 |  |  |  |  |" in text
         assert "| of our dense GEMMs |  |  |  |  | 0.63 | 0.63 | 0.63 | 0.63 | 0.63 |" in text
 
@@ -98,53 +92,155 @@ class TestRender:
         assert report.render({}).startswith("No time of the kernel is quoted here")
 
 
-class TestTargets:
-    def test_not_slower_than_the_best(self) -> None:
-        rows = [{}, {"T": 2, "ratio_best": 1.2}, {"T": 8, "ratio_best": 1.0}, {"T": 9, "ratio_best": None}]
-        met = "dsv4_flash 2, worst 1.200 at T = 2 (T = 1, 2)"
-        assert said("of the best: at most 1", rows) == (1, 3, met)
-        assert said("of the best: at most 1", [row | {"preset": "glm"} for row in rows[:1]])[2] == "glm 1.156 at T = 1"
+class TestTargetsTable:
+    def test_a_miss_and_what_was_not_measured(self) -> None:
+        text = report.render({"sweep": sweep({}, {"T": 2, "ratio_best": 1.0})})
+        assert "\n| target | met at | missed at | not measured at |\n|---|---|---|---|\n" in text
+        (line,) = (line for line in text.splitlines() if line.startswith("| of the best: at most 1 |"))
+        assert line.startswith(
+            "| of the best: at most 1 | 1 of 2 points | dsv4_flash T = 1: 1.156 | dsv4_flash T = 4, 8, 16,"
+        )
+        assert line.endswith("; dsv4_pro; mimo_pro; glm |")
 
-    def test_faster_up_to_512(self) -> None:
-        rows = [{"T": 512, "ratio_best": 0.95}, {"T": 511, "ratio_best": 0.951}, {"T": 513, "ratio_best": 2.0}]
-        assert said("of the best, T <= 512", rows) == (1, 2, "dsv4_flash 0.951 at T = 511")
+    def test_every_target_has_a_line(self) -> None:
+        _, _, table = report.render({"sweep": sweep({})}).partition("| target |")
+        assert [line.split(" | ")[0] for line in table.splitlines()[2:]] == [f"| {each.text}" for each in TARGETS]
 
-    def test_faster_by_a_third_from_2048(self) -> None:
-        rows = [{"T": 2047, "ratio_best": 1.0}, {"T": 2048, "ratio_best": 0.769}, {"T": 8192, "ratio_best": 0.77}]
-        assert said("of the best, T >= 2048", rows) == (1, 2, "dsv4_flash 0.770 at T = 8192")
+    @pytest.mark.parametrize("command", [None, "bench --no-yardsticks"], ids=["with yardsticks", "without"])
+    def test_why_distinct_routing_has_no_shares(self, command: str | None) -> None:
+        rows = [ROW | {"routing": "distinct", "share_read": None, "share_compute": None}]
+        distinct = RUN | {"rows": rows} | ({"command": command} if command else {})
+        text = report.render({"sweep": sweep({}), "distinct": distinct})
+        assert ("Distinct routing was run without yardsticks" in text) is bool(command)
+        assert "| distinct routing, of the plain read, T = 1: at least 0.70 | not measured |  |  |" in text
 
-    def test_dense_rate_from_2048(self) -> None:
-        rows = [{"T": 2048, "share_compute": 0.9}, {"T": 4096, "share_compute": 0.88}, {"T": 1024}]
-        assert said("of our dense GEMMs", rows) == (1, 2, "dsv4_flash 0.880 at T = 4096")
 
-    def test_reading_rate(self) -> None:
-        rows = [{"T": 1, "share_read": 0.7}, {"T": 4, "share_read": 0.1}, {"T": 8, "share_read": 0.919}]
-        rows += [{"T": 128, "share_read": 0.92}, {"T": 192, "share_read": 0.1}]
-        assert said("of the plain read, T = 8", rows) == (1, 2, "dsv4_flash 0.919 at T = 8")
-        assert said("of the plain read, T = 1:", rows) == (1, 1, "")
-        assert said("of the plain read, T = 1:", [{}]) == (0, 1, "dsv4_flash 0.562 at T = 1")
+def dense(*rates: tuple[str, int, int, int]) -> dict[str, Any]:
+    """A result of (M x N x K, per 128, per 64, cuBLASLt)."""
+    rows = []
+    for size, *own, cublaslt in rates:
+        m, n, k = map(int, size.split(" x "))
+        for group, tflops in zip((128, 64), own, strict=True):
+            rows.append({"group": group, "m": m, "n": n, "k": k, "tflops": tflops, "cublaslt_tflops": cublaslt})
+    return RUN | {"rows": rows}
 
-    def test_no_valley(self) -> None:
-        """Of the best so far, from T = 512 up: a slow rise after a fall is still below."""
-        rates = {256: 900.0, 512: 500.0, 640: 660.0, 768: 600.0, 1024: 640.0, 2048: 641.0}
-        rows = [{"T": tokens, "tflops": rate} for tokens, rate in rates.items()]
-        assert said("no valley", rows) == (2, 4, "dsv4_flash 2, worst 0.909 at T = 768 (T = 768, 1024)")
 
-    def test_every_point_missed(self) -> None:
-        rows = [{"T": tokens, "share_read": 0.8} for tokens in (8, 16)]
-        assert said("of the plain read, T = 8", rows)[2] == "dsv4_flash all 2, worst 0.800 at T = 8"
+class TestDense:
+    def test_the_table(self) -> None:
+        rates = [("8192 x 4096 x 4096", 1115, 980, 1394), ("8192 x 4096 x 2048", 987, 842, 1250)]
+        text = report.render({"sweep": sweep({}), "dense": dense(*rates, ("49152 x 4096 x 2048", 1100, 940, 1375))})
+        assert (
+            "| M x N x K | per 128 | per 64 | cuBLASLt | per 128 over DeepGEMM | over cuBLASLt | over plain | "
+            "per 64 over plain |\n" in text
+        )
+        assert "| 8192 x 4096 x 4096 | 1,115 | 980 | 1,394 | 0.99 | 0.80 | 0.80 | 0.85 |" in text
+        assert "| 8192 x 4096 x 2048 | 987 | 842 | 1,250 |  | 0.79 | 0.77 | 0.79 |" in text
+        assert "| 49152 x 4096 x 2048 | 1,100 | 940 | 1,375 |  | 0.80 |  |  |" in text
+        assert (
+            "| main loop alone, per 128: at least 0.95 of DeepGEMM's or 0.98 of cuBLASLt's | 1 of 3 points | "
+            "8192 x 4096 x 2048: - or 0.790; 49152 x 4096 x 2048: - or 0.800 | 8192 x 8192 x 8192;" in text
+        )
 
-    def test_presets_are_told_apart(self) -> None:
-        rows = [{"T": 512, "tflops": 900.0}, {"preset": "glm", "T": 1024, "tflops": 600.0}]
-        assert said("no valley", rows) == (0, 0, "")
+    @pytest.mark.parametrize(
+        ("rates", "words"),
+        [
+            ([], "Our dense GEMMs write float32. Of"),
+            (
+                [("8192 x 4096 x 4096", 1115, 980, 1394), ("8192 x 4096 x 2048", 987, 842, 1250)],
+                "write float32 and reach 0.77 to 0.80 of a plain dense kernel's rate per 128, 0.79 to 0.85 per 64 "
+                "(table of the main loop): this yardstick itself is below the ceiling,",
+            ),
+            (
+                [("8192 x 4096 x 4096", 1400, 980, 1394)],
+                "reach 1.00 of a plain dense kernel's rate per 128, 0.85 per 64 (table of the main loop). Of the best",
+            ),
+            ([("49152 x 4096 x 2048", 1100, 940, 1375)], "Our dense GEMMs write float32. Of"),
+        ],
+        ids=["not measured", "below", "not below", "nothing to compare with"],
+    )
+    def test_what_the_yardstick_is_worth(self, rates: list[tuple[str, int, int, int]], words: str) -> None:
+        results = {"sweep": sweep({})} | ({"dense": dense(*rates)} if rates else {})
+        assert words in " ".join(report.render(results).split())
 
-    @pytest.mark.parametrize("target", TARGETS, ids=lambda target: f"{target.text} {target.result}")
-    def test_a_target_has_one_limit_and_a_result(self, target: Target) -> None:
-        assert (target.most is None) != (target.least is None)
-        assert target.result in results.POINTS
 
-    def test_no_two_targets_read_alike(self) -> None:
-        assert len({target.text for target in TARGETS}) == len(TARGETS)
+class TestGranularity:
+    @pytest.mark.parametrize(
+        ("times", "said"),
+        [
+            ({}, ""),
+            ({256: 50.0}, ""),
+            ({512: 96.06, 8192: 93.94}, "from T = 512 up 3.9 to 6.1 % less."),
+            ({1: 99.2, 128: 100.5}, "at T <= 128 between 0.5 % more and 0.8 % less."),
+            ({128: 100.5, 512: 101.0, 1024: 102.0}, "from T = 512 up 1.0 to 2.0 % more, at T <= 128 0.5 % more."),
+            ({512: 94.0}, "from T = 512 up 6.0 % less."),
+            ({2: 50.0, 512: 100.0}, "from T = 512 up 0.0 % less."),
+        ],
+        ids=["none", "between", "less", "both ways", "more", "one", "no pair at T = 2"],
+    )
+    def test_the_sentence(self, times: dict[int, float], said: str) -> None:
+        """Against 100 us with scales per 64, at T that both have."""
+        usual = sweep(*({"T": tokens, "us": 100.0} for tokens in (1, 128, 256, 512, 1024, 8192)))
+        rows = [ROW | {"T": tokens, "us": us, "granularity": 128} for tokens, us in times.items()]
+        text = " ".join(report.render({"sweep": usual, "granularity_128": RUN | {"rows": rows}}).split())
+        head = "Time with scales per 128 columns instead of 64 (dsv4_flash): "
+        assert (head + said in text) if said else ("Time with scales" not in text)
+
+
+class TestPhases:
+    def rows(self) -> list[dict[str, Any]]:
+        """Every phase of role r at T takes 100 r + 10 T + its number."""
+        rows = []
+        for tokens in (1, 8):
+            roles = {
+                role: {
+                    name: {"mean": 100.0 * r + 10 * tokens + n, "least": 0.0, "most": 999.0}
+                    for n, name in enumerate(phases.NAMES)
+                    if (name in ("operands", "load")) <= (role == "producer")
+                }
+                for r, role in enumerate(phases.ROLES)
+            }
+            rows.append({"preset": "dsv4_flash", "routing": "folded", "T": tokens, "us": 2532.01, "clock_mhz": 1676.5})
+            rows[-1]["roles"] = roles
+        return rows
+
+    def test_the_table(self) -> None:
+        text = report.render({"sweep": sweep({}), "phases": RUN | {"rows": self.rows()}})
+        _, _, table = text.partition("| dsv4_flash, folded, T | 1 | 8 |\n|---|---:|---:|\n")
+        assert table.partition("\n\n")[0].splitlines() == [
+            "| prologue | 110 | 180 |",
+            "| wait | 111 | 181 |",
+            "| operands | 12.0 | 82.0 |",
+            "| l1 | 114 | 184 |",
+            "| l1 epilogue | 115 | 185 |",
+            "| l2 | 116 | 186 |",
+            "| l2 epilogue | 117 | 187 |",
+            "| meet | 118 | 188 |",
+            "| combine | 119 | 189 |",
+            "| the launch, by events | 2,532 | 2,532 |",
+            "| SM clock, MHz | 1,676 | 1,676 |",
+        ]
+
+    def test_what_it_cannot_see_and_whose_clock_it_is(self) -> None:
+        text = " ".join(report.render({"sweep": sweep({}), "phases": RUN | {"rows": self.rows()}}).split())
+        assert (
+            "cannot see the dispatch warps and the scout, which keep no clock, nor launch and ramp, which are spread "
+            "over the phases" in text
+        )
+        assert f"The sweep's clock, clock_mhz of its JSON, is {CLOCK}." in text
+
+    def test_a_phase_that_no_role_kept_is_blank(self) -> None:
+        rows = self.rows()
+        del rows[0]["roles"]["producer"]["operands"]
+        assert "| operands |  | 82.0 |" in report.render({"sweep": sweep({}), "phases": RUN | {"rows": rows}})
+
+    def test_other_presets_have_tables_of_their_own(self) -> None:
+        rows = [*self.rows(), self.rows()[0] | {"preset": "glm", "routing": "distinct"}]
+        text = report.render({"sweep": sweep({}), "phases": RUN | {"rows": rows}})
+        assert "| glm, distinct, T | 1 |\n|---|---:|\n| prologue | 110 |\n" in text
+
+    def test_names_are_those_of_the_kernel(self) -> None:
+        assert [name for name in phases.NAMES if name != "load"] == list(sections.PHASE_LINES)
+        assert set(sections.KEEPERS) <= set(phases.ROLES)
 
 
 class TestCommand:

@@ -3,6 +3,8 @@
 `command` holds the options, `points` what they ask for, `load` the layer, `timer` the clock, `yardsticks` what is
 measured beside the kernel, `rows` every column of a result, `compare` the verdict, `files` how it is
 written; `sweep` puts them together. `dense_rows` is `python -m kernel dense`: the main loop alone.
+`report` is `python -m kernel report`: `results` reads the JSON, `derived` adds what follows from it, `targets` judges,
+`sections` and `plot` show.
 """
 
 from kernel.bench.command import bench_command

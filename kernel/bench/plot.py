@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from kernel.bench.points import PEERS, UsageError
-from kernel.bench.rows import Row
+from kernel.bench.rows import FUSED, Row
 from kernel.build import EnvironmentMissing
 
 SUFFIXES = (".png", ".svg")
-FUSED = ("pr323", "pr383")
-"""Public columns that are a whole layer, so that they have a share of its floor."""
 Line = list[tuple[int, float]]
 """(T, value), by T."""
 
@@ -46,6 +44,7 @@ def lines(rows: Iterable[Row], preset: str) -> tuple[dict[str, Line], dict[str, 
         floor = row.get("share_floor")
         found = {label: floor, f"{label}, measured": measured}
         if floor is not None and row["routing"] == "folded":
+            # A whole layer has a share of its floor; the GEMMs alone have none.
             found |= {name: floor * row["us"] / row[name] for name in FUSED if row.get(name) is not None}
         for name, value in found.items():
             if value is not None:

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from kernel.bench import derived
 from kernel.bench.rows import Row
-from kernel.bench.targets import with_share_before
 from kernel.bench.timer import REGIMES
 from kernel.build import sources_sha256
 from kernel.config import GROUP
@@ -24,7 +24,7 @@ POINTS = {
 RUN = {"device", "driver", "versions", "date", "sources_sha256", "rows"}
 """Keys of every result."""
 POINT = {"preset", "T", "routing", "regime", "granularity", "us", "us_spread", "tflops", "hbm_gb_s", "share_floor"}
-POINT |= {"share_read", "share_compute", "ratio_pr323", "ratio_pr383", "ratio_best"}
+POINT |= {"share_read", "share_compute", "grouped_gemms", "ratio_pr323", "ratio_pr383", "ratio_best"}
 COLUMNS = dict.fromkeys(POINTS, POINT) | {
     "dense": {"group", "m", "n", "k", "us", "tflops", "cublaslt_us", "cublaslt_tflops"},
     "phases": {"preset", "T", "routing", "us", "clock_mhz", "roles"},
@@ -81,11 +81,14 @@ def _read_one(path: Path) -> dict[str, Any]:
 
 
 def chosen(results: Results, name: str) -> list[Row]:
-    """Rows of a result that it is read for, by preset as they come and by T; none of a result that is missing."""
+    """Rows that a result is read for, by preset as they come and by T, with derived.py's columns; none without it.
+
+    Raises ReportError for a point that is there twice.
+    """
     rows = results[name]["rows"] if name in results else []
     rows = [row for row in rows if (row["routing"], row["regime"], row["granularity"]) == POINTS[name]]
     twice = [key for key, count in Counter((row["preset"], row["T"]) for row in rows).items() if count > 1]
     if twice:
         raise ReportError(f"{name}.json has {len(twice)} points twice, the first is {twice[0][0]} T = {twice[0][1]}")
     presets = list(dict.fromkeys(row["preset"] for row in rows))
-    return with_share_before(sorted(rows, key=lambda row: (presets.index(row["preset"]), row["T"])))
+    return derived.points(sorted(rows, key=lambda row: (presets.index(row["preset"]), row["T"])))

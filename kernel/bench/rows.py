@@ -18,6 +18,10 @@ from kernel.config import GROUP
 from kernel.roofline import CEILING_TFLOPS, Load, adjusted_tflops, floor_us, read_us, reduction_us
 
 Row = dict[str, Any]
+FUSED = ("pr323", "pr383")
+"""Public columns that are a whole layer: ours is put beside the faster one."""
+CLOCK = "nvidia-smi's; of flushed launches it samples mostly the memsets between them"
+"""What clock_mhz is worth, wherever it is shown."""
 COLUMNS = {
     "preset": "shape: a preset, or h<H>-i<I>-e<local experts>-k<K>",
     "T": "tokens of the rank",
@@ -49,7 +53,7 @@ COLUMNS = {
     "baseline_us": "our unfused baseline, by events around a graph of the whole pass",
     "speedup": "the baseline's time over ours",
     "differing": "elements of y whose bits are not the exact baseline's",
-    "clock_mhz": "SM clock while the point was measured, median; nvidia-smi",
+    "clock_mhz": f"SM clock while the point was measured, median; {CLOCK}",
     "power_w": "power, maximum; nvidia-smi",
 }
 """Every field of a row, in its order. Times in us, medians; null: not measured."""
@@ -71,9 +75,14 @@ class Point:
     silu: str
 
 
+def peer_table(routing: str) -> dict[str, dict[str, dict[str, float]]]:
+    """What the public kernels took, L2 flushed: preset -> name -> T -> us."""
+    return PEERS["us" if routing == "folded" else "us_distinct"]
+
+
 def peers(preset: str, routing: str, tokens: int) -> dict[str, float | None]:
-    """What the public kernels took for this point, L2 flushed; None where they were not measured."""
-    table = PEERS["us" if routing == "folded" else "us_distinct"].get(preset, {})
+    """What they took for this point; None where they were not measured."""
+    table = peer_table(routing).get(preset, {})
     return {name: table.get(name, {}).get(str(tokens)) for name in PEERS["source"]}
 
 
@@ -92,7 +101,7 @@ def row(
     others = peers(point.preset, point.routing, load.tokens)
     if point.regime != "flush":
         others = dict.fromkeys(others)  # they were measured flushed
-    fused = [others[name] for name in ("pr323", "pr383") if others[name] is not None]
+    fused = [others[name] for name in FUSED if others[name] is not None]
     unfused = None if baseline is None else statistics.median(baseline)
     found = {
         "preset": point.preset,
@@ -138,9 +147,9 @@ def _ratio(value: float | None, to: float | None) -> float | None:
 
 
 def show(rows: list[Row]) -> None:
-    """The rows as a table on stdout, without PAPER and columns that hold nothing."""
+    """The rows as a table on stdout, without PAPER and columns that hold nothing; under it, what the clock is worth."""
     names = [name for name in rows[0] if name not in PAPER and any(entry[name] is not None for entry in rows)]
-    table = Table(*names)
+    table = Table(*names, caption=f"clock_mhz: {CLOCK}" if "clock_mhz" in names else None)
     for column in table.columns[3:]:
         column.justify = "right"
     for entry in rows:
