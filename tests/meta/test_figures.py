@@ -8,8 +8,10 @@ import re
 import pytest
 
 from golden import silicon, store
-from kernel import floor
+from kernel import floor, sass
+from kernel.__main__ import TARGETS, examine
 from kernel.bench.points import PEERS
+from kernel.build import EnvironmentMissing
 from quant.recipe import RECIPES, SHAPES
 from tests.cases import CASES
 from tests.meta.runs import ROOT
@@ -38,6 +40,22 @@ def test_counts_of_the_captures(chip: str) -> None:
     assert README.count(f"{1 << 32:,} (all inputs") == len(entry["sweeps"])
     committed = sum(vector.bits.numel() for vector in silicon.vectors(chip))
     assert f"{committed:,} of its outputs are committed" in README
+
+
+@pytest.mark.parametrize("target, granularity", [("moe", 64), ("moe_g128", 128)])
+def test_configurations(target: str, granularity: int) -> None:
+    try:
+        sass.disassembler()
+    except EnvironmentMissing as error:
+        pytest.skip(str(error))
+    rows, faults = examine(target, TARGETS[target].compile())
+    assert not faults
+    for row in rows:
+        roles = ", ".join(str(count) for count in row["registers_by_role"].values())
+        spills = row["spill_stores"] + row["spill_loads"]
+        cells = f"{granularity} | {row['registers']} ({roles}) | {spills}, {row['stack']} | "
+        cells += f"{row['shared_dynamic']:,} + {row['shared']:,} | {row['qgmma']}"
+        assert f"| `moe_fast`, `moe_precise` | {cells} |" in README
 
 
 def test_symmetric_memory() -> None:
