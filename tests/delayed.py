@@ -14,6 +14,7 @@ from typing import Any
 from unittest import mock
 
 from kernel import api, build
+from kernel.config import GRANULARITIES, GROUP
 from kernel.launch import Library
 
 THIRD_OF_BLOCKS = "blockIdx.x % 3 == 1"
@@ -69,28 +70,30 @@ def source(delay: Delay) -> str:
     return re.sub(head, lambda match: match[0] + wait, text)
 
 
-def compile_delayed(delay: Delay) -> build.Built:
-    """The gated cubin. `api.compile_moe` makes it, so that everything but the text is the kernel's own."""
+def compile_delayed(delay: Delay, granularity: int = GROUP) -> build.Built:
+    """The gated cubin of a granularity. `api.compile_moe` makes it, so that all but the text is the kernel's own."""
 
     def build_late(_: object, *args: Any, **options: Any) -> build.Built:
         return build.build_text(source(delay), *args, **options)
 
     with mock.patch.object(build, "build", build_late):
-        return api.compile_moe()
+        return api.compile_moe(granularity)
 
 
 @functools.cache
-def library(delay: Delay) -> Library:
+def library(delay: Delay, granularity: int) -> Library:
     """With the delay given, what a test puts in the place of `api._library`; needs a GPU."""
-    return Library(compile_delayed(delay).cubin)
+    return Library(compile_delayed(delay, granularity).cubin)
 
 
 def main() -> None:
     """Compiles every build, side by side, into the cache that the tests read."""
-    delays = (*DELAYS, STUCK)
+    builds = [(delay, granularity) for granularity in GRANULARITIES for delay in (*DELAYS, STUCK)]
     with ProcessPoolExecutor() as pool:
-        for delay, built in zip(delays, pool.map(compile_delayed, delays), strict=True):
-            print(f"{delay.id}: {built.sha256[:16]}{' (cached)' if built.cached else ''}")
+        for (delay, granularity), built in zip(
+            builds, pool.map(compile_delayed, *zip(*builds, strict=True)), strict=True
+        ):
+            print(f"{delay.id}, g{granularity}: {built.sha256[:16]}{' (cached)' if built.cached else ''}")
 
 
 if __name__ == "__main__":

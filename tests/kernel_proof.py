@@ -3,13 +3,14 @@
 1. The case.  2. The same again: the same bits, and statistics twice as large.  3. Another batch in the same buffers:
 each rank gets the tokens of the rank before it in reverse order, one fewer where there are two or more. What is
 expected of it are rows of the case's own result, since a token's row depends on neither batch nor rank.
-Each time, in this order: the stages that the kernel shows, y of every rank, statistics, and whether the inputs are what
-they were.
+Each time, in this order: the stages that the kernel shows, y of every rank, statistics, on a lattice whether y is what
+int64 arithmetic alone says, and whether the inputs are what they were.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,7 +19,8 @@ from torch import Tensor
 
 from kernel.adapters import Adapter, Prepared
 from reference.layer import STAGES, LayerResult
-from tests.compare import Divergence, compare_stages
+from tests.compare import Differs, Divergence, compare_stages
+from tests.exact import Exact
 from tests.inputs import Inputs
 
 SHOWN = STAGES[:5]
@@ -31,7 +33,8 @@ LAUNCHES = ("the first launch", "the second launch", "another batch")
 
 class Convicted(AssertionError):
     """A kernel that is wrong. `check` names what saw it: a stage, 'y', 'y of other ranks' (the first one's is right),
-    'written' (NaN where there should be a number), 'stats', 'inputs', 'stages'; then which launch, if not the first."""
+    'written' (NaN where there should be a number), 'stats', 'integers' (y is the reference's, and both are wrong),
+    'inputs', 'stages'; then which launch, if not the first."""
 
     def __init__(self, check: str, launch: int, message: str, expected_y: Sequence[Tensor]) -> None:
         self.check = check if launch == 0 else f"{check} of {LAUNCHES[launch]}"
@@ -47,56 +50,72 @@ class Convicted(AssertionError):
 class Proof:
     """What was compared."""
 
-    elements: int
+    compared: dict[str, int]
+    """Elements by stage, over all launches."""
     launches: int
     shown: tuple[str, ...]
     not_shown: tuple[str, ...]
     filled: bool
     """Whether buffers held NaNs before each launch."""
+    by_integers: int = 0
+    """Elements of y that int64 arithmetic was asked for besides."""
+
+    @property
+    def elements(self) -> int:
+        """Of all stages."""
+        return sum(self.compared.values())
 
     def __str__(self) -> str:
-        shown = ", ".join(self.shown) or "none"
+        stages = ", ".join(f"{name} {count:,}" for name, count in self.compared.items())
         hidden = f"; not shown: {', '.join(self.not_shown)}" if self.not_shown else ""
+        integers = f"; {self.by_integers:,} of y by int64 arithmetic too" if self.by_integers else ""
         filled = "filled with NaN before" if self.filled else "not filled before"
-        return (
-            f"{self.elements:,} elements in {self.launches} launches; stages shown: {shown}{hidden}; buffers {filled}"
-        )
+        return f"{self.elements:,} elements in {self.launches} launches: {stages}{hidden}{integers}; buffers {filled}"
 
 
-def prove(adapter: Adapter, prepared: Prepared, expected: LayerResult, launches: int = 3) -> Proof:
-    """The first `launches` of the three; expected: the reference's traced result. Raises `Convicted`."""
+def prove(
+    adapter: Adapter, prepared: Prepared, expected: LayerResult, launches: int = 3, integers: Exact | None = None
+) -> Proof:
+    """The first `launches` of the three; expected: the reference's traced result; integers: rows of y without it.
+
+    Raises `Convicted`.
+    """
     fill = getattr(adapter, "fill", None)
     twice = [2 * counts for counts in expected.stats]
     doubled = LayerResult(expected.y, twice, {**(expected.trace or {}), "stats": torch.cat(twice)})
-    plan = [(prepared, expected), (prepared, doubled)]
+    plan = [(prepared, expected, integers), (prepared, doubled, integers)]
     if prepared.world != "gloo":  # its processes make their inputs from the case's seed, so they know whole cases only
-        plan.append(another_batch(prepared, expected))
+        plan.append((*another_batch(prepared, expected), integers and integers.moved(turned)))
     plan = plan[:launches]
-    compared, previous, stages = 0, None, {}
-    for launch, (problem, wanted) in enumerate(plan):
-        before = problem.inputs.sha256()
+    compared, by_integers, previous, stages, digest = Counter(), 0, None, {}, ""
+    for launch, (problem, wanted, exact) in enumerate(plan):
         if launch != 1:
+            digest = problem.inputs.sha256()
             adapter.prepare(problem)
         if fill:
             fill(FILL)
         adapter.launch()
         stages = adapter.stages()
-        compared += _compare(adapter, stages, previous, launch, problem, wanted)
-        if problem.inputs.sha256() != before:
+        compared.update(_compare(adapter, stages, previous, launch, problem, wanted))
+        if exact:
+            by_integers += _compare_integers(adapter, launch, wanted, exact)
+        if problem.inputs.sha256() != digest:
             raise Convicted("inputs", launch, "the kernel wrote to its inputs", wanted.y)
         previous = {name: tensor.clone() for name, tensor in stages.items()}
     shown = tuple(name for name in SHOWN if name in stages)
-    return Proof(compared, len(plan), shown, tuple(name for name in SHOWN if name not in stages), bool(fill))
+    hidden = tuple(name for name in SHOWN if name not in stages)
+    return Proof(dict(compared), len(plan), shown, hidden, bool(fill), by_integers)
+
+
+def turned(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors by rank, one row a token, for the third launch."""
+    return [tensor[: max(1, len(tensor) - 1)].flip(0) for tensor in [*tensors[-1:], *tensors[:-1]]]
 
 
 def another_batch(prepared: Prepared, expected: LayerResult) -> tuple[Prepared, LayerResult]:
     """(problem, its result) of the third launch."""
     made, case, trace = prepared.inputs, prepared.case, expected.trace
     assert trace is not None, "the proof needs the reference's trace"
-
-    def turned(tensors: Sequence[Tensor]) -> list[Tensor]:
-        return [tensor[: max(1, len(tensor) - 1)].flip(0) for tensor in [*tensors[-1:], *tensors[:-1]]]
-
     topk_idx = turned(made.topk_idx)
     inputs = Inputs(turned(made.x), turned(made.x_sf), topk_idx, turned(made.topk_weights), made.weights)
     smaller = dataclasses.replace(case, tokens=tuple(map(len, topk_idx)))
@@ -123,8 +142,8 @@ def _compare(
     launch: int,
     problem: Prepared,
     wanted: LayerResult,
-) -> int:
-    """Elements compared in one launch; every rank's results are read before the verdict."""
+) -> dict[str, int]:
+    """Elements compared in one launch, by stage; every rank's results are read before the verdict."""
     if unknown := sorted(set(stages) - set(SHOWN)):
         raise Convicted("stages", launch, f"{', '.join(unknown)}: unknown; known are {', '.join(SHOWN)}", wanted.y)
     y, stats = adapter.y(), adapter.stats()
@@ -139,7 +158,7 @@ def _compare(
         fill={"y": FILL << 8 | FILL} if hasattr(adapter, "fill") else None,
     )
     if found.divergence is None:
-        return sum(found.compared.values())
+        return found.compared
     check, ranks = found.divergence.stage, ""
     if check == "y" and not found.divergence.problem:
         pairs = [(a.cpu(), b.cpu()) for a, b in zip(wanted.y, y, strict=True)]
@@ -152,3 +171,11 @@ def _compare(
     error = Convicted(check, launch, f"{ranks}{found.divergence.report()}", wanted.y)
     error.divergence = found.divergence
     raise error
+
+
+def _compare_integers(adapter: Adapter, launch: int, wanted: LayerResult, exact: Exact) -> int:
+    """Elements of the kernel's own y that int64 arithmetic has confirmed."""
+    try:
+        return exact.compare(adapter.y())
+    except Differs as error:
+        raise Convicted("integers", launch, f"y is the reference's, and both are wrong: {error}", wanted.y) from error

@@ -16,32 +16,39 @@ from kernel import api, emulator
 from kernel.adapters import Prepared
 from kernel.adapters.emulated import EmulatedAdapter
 from quant.recipe import Recipe, Shape
-from reference.layer import LayerResult, moe_layer
-from tests import inputs
+from reference.layer import LayerResult
+from tests import exact, problems
 from tests.cases import SMOKE, Case
 from tests.kernel_proof import Convicted, Proof, prove
+from tests.redzones import GuardedEmulatedAdapter
 
 pytestmark = pytest.mark.skipif(emulator.compiler() is None, reason="no C++ compiler is on PATH (g++ or clang++)")
 
 
-def prepared(case: Case) -> tuple[Prepared, LayerResult]:
-    made = inputs.make(case)
-    expected = moe_layer(case.recipe, *made.arguments(), trace=True, experts=case.shape.experts)
-    return Prepared(case, made, torch.device("cpu")), expected
-
-
 def proof(case: Case, ring: int | None = None, **run: object) -> Proof:
-    return prove(EmulatedAdapter(ring, emulator.Run(**run)), *prepared(case))
+    problem, expected = prepared(case)
+    integers = exact.of_case(case, problem.inputs) if exact.on_lattice(case) else None
+    return prove(GuardedEmulatedAdapter(ring, emulator.Run(**run)), problem, expected, integers=integers)
+
+
+def prepared(case: Case) -> tuple[Prepared, LayerResult]:
+    return problems.prepared(case, "cpu")
 
 
 CASES = [case for case in SMOKE if EmulatedAdapter().claims(case.recipe) is None and case.ranks < 8]
+LATTICE = tuple(case for case in CASES if case.family == "lattice")
+PER_128 = tuple(dataclasses.replace(case, recipe=case.recipe.replace(activation_granularity=128)) for case in LATTICE)
 
 
-@pytest.mark.parametrize("case", CASES[:: len(CASES) // 6], ids=lambda case: case.id)
+@pytest.mark.parametrize(
+    "case", dict.fromkeys((*CASES[:: len(CASES) // 6], *LATTICE, *PER_128)), ids=lambda case: case.id
+)
 def test_every_stage_of_a_case_equals_the_reference(case: Case) -> None:
+    """Of lattice cases y equals int64 arithmetic too, and no guard is written."""
     done = proof(case, seed=len(case.id))
     assert done.elements > 0
     assert done.launches == 3
+    assert bool(done.by_integers) == exact.on_lattice(case)
 
 
 def narrow(experts: int, tokens: tuple[int, ...], topk: int = 2, **recipe: object) -> Case:
@@ -58,10 +65,12 @@ def narrow(experts: int, tokens: tuple[int, ...], topk: int = 2, **recipe: objec
         (narrow(60, (130,)), None),
         (narrow(40, (48, 33)), None),
         (narrow(2, (150,), activation_granularity=128), None),
+        (narrow(60, (130,), activation_granularity=128), 48),
+        (narrow(6, (0, 9, 70), topk=3, silu="precise", clamp=None, activation_granularity=128), None),
         (narrow(2, (150,)), None),
         (narrow(6, (0, 9, 70), topk=3, silu="precise", clamp=None), None),
     ],
-    ids=["recycled", "full", "ranks", "per128", "rows", "uneven"],
+    ids=["recycled", "full", "ranks", "per128", "per128_recycled", "per128_uneven", "rows", "uneven"],
 )
 def test_no_interleaving_changes_a_bit(case: Case, ring: int | None, seed: int) -> None:
     proof(case, ring, seed=seed, blocks=1 + seed % 3)
@@ -187,7 +196,11 @@ def test_a_fault_in_the_sources_is_convicted(fault: Fault) -> None:
     pytest.fail(f"{fault.id} was not seen with seeds {fault.seeds}")
 
 
-@pytest.mark.parametrize(("case", "ring"), {(fault.case, fault.ring): None for fault in FAULTS}, ids=str)
+@pytest.mark.parametrize(
+    ("case", "ring"),
+    {(fault.case, fault.ring): None for fault in FAULTS},
+    ids=lambda value: getattr(value, "id", f"ring_{value}"),
+)
 def test_the_faults_are_in_sources_that_pass(case: Case, ring: int | None) -> None:
     assert proof(case, ring).elements > 0
 

@@ -2,12 +2,13 @@
 
 What a case proves: its stages equal the golden (tier cpu); the kernel behind `--kernel` equals the reference in every
 stage that it shows; the compiled twin equals the readable reference on a sample of every stage; y lies inside the FP64
-oracle's bound; lattice cases equal int64 arithmetic; statistics equal a count by hand; y does not depend on batch,
-token order and number of ranks. Cases of tier gpu are skipped without one.
+oracle's bound; y of lattice cases, the kernel's as the reference's, equals int64 arithmetic; statistics equal a count
+by hand; y does not depend on batch, token order and number of ranks. Cases of tier gpu are skipped without one.
 """
 
 from __future__ import annotations
 
+import functools
 import random
 from collections import Counter
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from quant import atoms
 from quant.cast import BLOCK
 from reference import combine, dispatch, gemm, oracle, scatter, swiglu
 from reference.layer import LayerResult, moe_layer
-from tests import bundle, inputs, memory
+from tests import bundle, exact, inputs, memory
 from tests.cases import CASES, Case
 from tests.compare import same
 from tests.kernel_proof import Convicted, prove
@@ -67,6 +68,11 @@ class Run:
     def columns(self, proof: str) -> Tensor:
         """A sample of columns of y."""
         return torch.tensor(sorted(self.random(proof).sample(range(self.case.shape.hidden), SAMPLE_COLUMNS)))
+
+    @functools.cached_property
+    def integers(self) -> exact.Exact | None:
+        """y of a lattice case by int64 arithmetic alone, where it is small nearly all, else a sample."""
+        return exact.of_case(self.case, self.inputs) if exact.on_lattice(self.case) else None
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +119,7 @@ class TestCase:
             device = run.inputs.x[0].device
             quick = world != "gloo" and (run.case.shape.name == "smoke" or device.type == "cuda")
             prepared = adapters.Prepared(run.case, run.inputs, device, world)
-            proof = prove(adapter, prepared, run.result, 3 if quick else 1)
+            proof = prove(adapter, prepared, run.result, 3 if quick else 1, run.integers)
         except Convicted as error:
             if error.of_case and error.divergence and error.divergence.place:
                 error.add_note(f"bundle: {bundle.write(error.divergence, run.case)}")
@@ -123,6 +129,7 @@ class TestCase:
         record_property("kernel", f"{adapter.name}: {proof}")
         print(f"{run.case.id}: {adapter.name}: {proof}")
         assert proof.elements > 0
+        assert bool(proof.by_integers) == (run.integers is not None and any(run.case.tokens))
 
     def test_the_twin_equals_the_readable_reference(self, run: Run) -> None:
         check_dispatch(run)
@@ -172,16 +179,21 @@ class TestCase:
         same("y", torch.stack(expected), torch.cat(alone.y))
 
     def test_lattice_y_equals_integers(self, run: Run) -> None:
-        """The integer oracle refuses where a step rounds: random data always, a lattice never; it never disagrees."""
+        """The integer oracle refuses where a step rounds: random data always, a lattice never; it never disagrees.
+
+        The kernel's y is held against the same integers in its own proof.
+        """
+        if run.integers:
+            compared = run.integers.compare(run.result.y)
+            print(f"{run.case.id}: {compared:,} elements of y by int64 arithmetic")
+            assert compared > 0 or not any(run.case.tokens)
+            return
         recipe, columns = run.case.recipe, run.columns("lattice")
-        modelled = (recipe.activation_scale, recipe.l1_rounding) == ("ue8m0", "none")
-        modelled &= recipe.weight_fold == "before_quantisation"
-        on_lattice = run.case.family == "lattice" and modelled and (recipe.clamp is None or recipe.clamp >= 32)
         rounding = run.case.family in ("mixed", "gaussian", "heavy_tail")  # no scale is a power of two everywhere
         for rank, token in run.oracle_tokens("lattice"):
             active = bool((run.inputs.topk_idx[rank][token] >= 0).any())
             try:
-                exact = oracle.lattice_y(
+                y = oracle.lattice_y(
                     *rank_arguments(run, rank),
                     run.inputs.weights,
                     torch.tensor([token]),
@@ -190,11 +202,10 @@ class TestCase:
                     recipe.activation_granularity,
                 )
             except oracle.NotLattice:
-                assert not on_lattice
                 continue
             assert not (rounding and active), "the integer oracle took an input on which steps round"
-            if modelled:
-                same("y", exact, run.result.y[rank][[token]][:, columns].contiguous().view(torch.int16).cpu())
+            if exact.modelled(run.case):
+                same("y", y, run.result.y[rank][[token]][:, columns].contiguous().view(torch.int16).cpu())
 
 
 def rank_arguments(run: Run, rank: int) -> tuple[Tensor, ...]:

@@ -1,10 +1,14 @@
 """What must not change a bit of the kernel's y, on silicon: batch, ranks, capacity, earlier launches, memory around it,
-late roles, repetition, a CUDA graph. The layer's own properties, of the reference, are in test_invariance.py.
+late roles, repetition, a CUDA graph; each with 64 and with 128 columns a scale, which are two kernels.
+
+Every launch that is waited for leaves the guards of tests/redzones.py. Each test says what it compared, by stage. The
+layer's own properties, of the reference, are in test_invariance.py.
 """
 
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -15,15 +19,15 @@ from torch import Tensor
 
 from kernel import api
 from kernel.adapters import Prepared
-from kernel.adapters.megaproof import POOL_STAGES, MegaproofAdapter
-from kernel.config import BLOCK_M, GROUP_BLOCKS, RING_BLOCKS, Problem, aligned
-from quant.recipe import SHAPES, Shape
+from kernel.config import BLOCK_M, GRANULARITIES, GROUP_BLOCKS, RING_BLOCKS, Problem, aligned
+from quant.recipe import SHAPES, Recipe, Shape
 from reference.layer import LayerResult, moe_layer
-from tests import delayed, inputs
+from tests import delayed, inputs, problems
 from tests.cases import Case
 from tests.compare import same
 from tests.delayed import DELAYS, Delay
 from tests.inputs import Inputs
+from tests.redzones import GuardedAdapter, assert_nothing_else_is_written
 
 CUDA = torch.device("cuda")
 SMOKE = SHAPES["smoke"]
@@ -40,30 +44,46 @@ RECYCLING = {
     "flash-r1": (LOCAL, (1000,)),
 }
 """Batches that fill more pool blocks of a rank than LEAST: of many rows an expert, of few, of real size."""
-NAN, GUARD = 0xFF, 0xA5
-GUARD_ROWS = 16
+NAN = 0xFF
 MARGIN = 4 << 30
 """Bytes beside buffer, inputs and outputs: weights twice and what torch needs."""
 
+per_granularity = pytest.mark.parametrize("granularity", GRANULARITIES, ids=lambda granularity: f"g{granularity}")
+Tally = Counter[str]
+"""Stage -> elements compared."""
+
 
 @pytest.fixture
-def adapter() -> Iterator[MegaproofAdapter]:
-    adapter = MegaproofAdapter()
+def adapter() -> Iterator[GuardedAdapter]:
+    adapter = GuardedAdapter()
     yield adapter
     adapter.close()
+
+
+@pytest.fixture
+def tally(request: pytest.FixtureRequest) -> Iterator[Tally]:
+    """What a test compared; printed at its end. A test that compared nothing has proven nothing."""
+    tally: Tally = Counter()
+    yield tally
+    stages = ", ".join(f"{stage} {count:,}" for stage, count in sorted(tally.items()))
+    print(f"{request.node.name}: {tally.total():,} elements: {stages}")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _no_problem_outlives_the_file() -> Iterator[None]:
     yield
     problem.cache_clear()
+    problems.mixed_weights.cache_clear()
 
 
-@functools.lru_cache(maxsize=4)
+def case_of(shape: Shape, sizes: tuple[int, ...], granularity: int, masked: int = 0) -> Case:
+    return Case(shape, sizes, Recipe(activation_granularity=granularity), masked=masked)
+
+
+@functools.lru_cache(maxsize=8)
 def problem(case: Case) -> tuple[Inputs, LayerResult]:
-    """A case's inputs, each expert's weights made once, and the reference's result."""
-    made = inputs.make(case, CUDA)
-    made = replace(made, weights=functools.cache(made.weights))
+    """A case's inputs, with weights that the cases of its shape share, and the reference's result."""
+    made = problems.make(case, CUDA)
     return made, moe_layer(case.recipe, *made.arguments(), experts=case.shape.experts)
 
 
@@ -83,77 +103,79 @@ def spread(made: Inputs, sizes: Sequence[int]) -> Inputs:
     return Inputs(*(list(part[0].split(list(sizes))) for part in made.arguments()[:4]), made.weights)
 
 
-def prepare(adapter: MegaproofAdapter, case: Case, made: Inputs) -> None:
+def prepare(adapter: GuardedAdapter, case: Case, made: Inputs) -> None:
     """Every byte that the launch has to write is a NaN's before it."""
     adapter.prepare(Prepared(replace(case, tokens=tuple(map(len, made.x))), made, CUDA))
     adapter.fill(NAN)
 
 
-def run(adapter: MegaproofAdapter, case: Case, made: Inputs) -> tuple[list[Tensor], list[Tensor]]:
+def run(adapter: GuardedAdapter, case: Case, made: Inputs) -> tuple[list[Tensor], list[Tensor]]:
     """(y, stats) of one launch, by rank."""
     prepare(adapter, case, made)
     adapter.launch()
     return adapter.y(), adapter.stats()
 
 
-def enqueue(adapter: MegaproofAdapter, case: Case) -> None:
+def enqueue(adapter: GuardedAdapter, case: Case) -> None:
     """A launch that nobody waits for."""
     l1, l2 = zip(*adapter.weights, strict=True)
     assert adapter.buffer is not None
     api.fp8_mega_moe(adapter.outputs, l1, l2, adapter.buffer, adapter.counts, recipe=case.recipe)
 
 
-def assert_same(wanted: Sequence[Tensor], found: Sequence[Tensor], name: str) -> None:
-    assert len(wanted) == len(found)
-    for rank, (a, b) in enumerate(zip(wanted, found, strict=True)):
-        same(f"{name} of rank {rank}", a, b)
-
-
-def raw(tensor: Tensor) -> Tensor:
-    """A copy of a tensor's bytes."""
-    return tensor.contiguous().view(torch.uint8).clone()
+def assert_same(
+    tally: Tally, stage: str, wanted: Sequence[Tensor] | Tensor, found: Sequence[Tensor] | Tensor, when: str = ""
+) -> None:
+    """The same bits, of one tensor or of one a rank."""
+    pairs = [(wanted, found)] if isinstance(wanted, Tensor) else zip(wanted, found, strict=True)
+    for rank, (a, b) in enumerate(pairs):
+        tally[stage] += same(f"{stage} of rank {rank}{when and f', {when}'}", a, b)
 
 
 # --- batch, ranks, capacity, earlier launches -------------------------------------------------------------------------
 
 
 @pytest.mark.gpu
+@per_granularity
 @pytest.mark.parametrize("first", [1, 64, 65, 128])
-def test_a_batch_equals_its_two_parts(first: int, adapter: MegaproofAdapter) -> None:
-    case = Case(SMOKE, (TOKENS,), masked=30)
+def test_a_batch_equals_its_two_parts(first: int, granularity: int, adapter: GuardedAdapter, tally: Tally) -> None:
+    case = case_of(SMOKE, (TOKENS,), granularity, masked=30)
     made, wanted = problem(case)
     (whole,), (counts,) = run(adapter, case, made)
-    same("y", wanted.y[0], whole)
+    assert_same(tally, "y", wanted.y[0], whole)
     parts = [run(adapter, case, chosen(made, [rows])) for rows in (slice(first), slice(first, None))]
-    same("y in two launches", whole, torch.cat([y[0] for y, _ in parts]))
-    same("stats", counts, parts[0][1][0] + parts[1][1][0])
+    assert_same(tally, "y", whole, torch.cat([y[0] for y, _ in parts]), "in two launches")
+    assert_same(tally, "stats", counts, parts[0][1][0] + parts[1][1][0])
 
 
 @pytest.mark.gpu
+@per_granularity
 @pytest.mark.parametrize(
     "sizes",
     [(129,), (65, 64), (64, 0, 1, 64), (17, 16, 16, 16, 16, 16, 16, 16), (33, 0, 64, 1, 7, 16, 0, 8)],
     ids=lambda sizes: f"r{len(sizes)}-t{'x'.join(map(str, sizes))}",
 )
-def test_the_number_of_ranks_changes_nothing(sizes: tuple[int, ...], adapter: MegaproofAdapter) -> None:
-    case = Case(SMOKE, (TOKENS,), masked=30)
+def test_the_number_of_ranks_changes_nothing(
+    sizes: tuple[int, ...], granularity: int, adapter: GuardedAdapter, tally: Tally
+) -> None:
+    case = case_of(SMOKE, (TOKENS,), granularity, masked=30)
     made, wanted = problem(case)
     y, counts = run(adapter, replace(case, tokens=sizes), spread(made, sizes))
-    same("y", wanted.y[0], torch.cat(y))
-    same("stats", wanted.stats[0], torch.cat(counts))
+    assert_same(tally, "y", wanted.y[0], torch.cat(y))
+    assert_same(tally, "stats", wanted.stats[0], torch.cat(counts))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "shape, capacity",
-    [(SMOKE, 8192), (SMOKE, 200_000), (LOCAL, 200_000)],
-    ids=lambda value: getattr(value, "name", value),
+    "shape, capacity, granularity",
+    [(SMOKE, 8192, 64), (SMOKE, 200_000, 64), (LOCAL, 200_000, 64), (SMOKE, 8192, 128)],
+    ids=["smoke-8192-g64", "smoke-200000-g64", "dsv4_flash_local-200000-g64", "smoke-8192-g128"],
 )
 def test_capacity_and_place_in_a_large_batch_change_nothing(
-    shape: Shape, capacity: int, adapter: MegaproofAdapter
+    shape: Shape, capacity: int, granularity: int, adapter: GuardedAdapter, tally: Tally
 ) -> None:
     """A buffer of exactly T; then the same tokens again and again until a large one is full; then T in that one."""
-    case = Case(shape, (TOKENS,))
+    case = case_of(shape, (TOKENS,), granularity)
     sizes = Problem(1, shape.experts, shape.topk, shape.hidden, shape.intermediate, capacity)
     torch.cuda.empty_cache()
     needed = sizes.offsets()[1] + 8 * capacity * shape.hidden + MARGIN  # x and its choice, y three times over
@@ -161,7 +183,7 @@ def test_capacity_and_place_in_a_large_batch_change_nothing(
         pytest.skip(f"needs {needed / 2**30:.0f} GiB of GPU memory, {free / 2**30:.0f} GiB are free")
     made, wanted = problem(case)
     (y,), _ = run(adapter, case, made)
-    same("y with capacity T", wanted.y[0], y)
+    assert_same(tally, "y", wanted.y[0], y, "with capacity T")
 
     again = torch.arange(capacity, device=CUDA) % TOKENS
     (large,), (counts,) = run(adapter, case, chosen(made, [again]))
@@ -169,26 +191,31 @@ def test_capacity_and_place_in_a_large_batch_change_nothing(
     assert adapter.buffer.problem.capacity == capacity
     wrong = (large.view(torch.int16) != wanted.y[0].view(torch.int16)[again]).any(1)
     assert not wrong.any(), f"{int(wrong.sum())} of {capacity} rows differ, the first is {int(wrong.nonzero()[0])}"
+    tally["y"] += large.numel()
     assert int(counts.sum()) == capacity * shape.topk
     del large, wrong
 
     (y,), (counts,) = run(adapter, case, made)
     assert adapter.buffer.problem.capacity == capacity
-    same(f"y with capacity {capacity}", wanted.y[0], y)
-    same("stats", wanted.stats[0], counts)
+    assert_same(tally, "y", wanted.y[0], y, f"with capacity {capacity}")
+    assert_same(tally, "stats", wanted.stats[0], counts)
 
 
 @pytest.mark.gpu
+@per_granularity
 @pytest.mark.parametrize("ranks", [1, 4, 8], ids=lambda ranks: f"r{ranks}")
-def test_launches_of_several_sizes_on_one_buffer(ranks: int, adapter: MegaproofAdapter) -> None:
-    case = Case(SMOKE, (TOKENS,) * ranks)
+def test_launches_of_several_sizes_on_one_buffer(
+    ranks: int, granularity: int, adapter: GuardedAdapter, tally: Tally
+) -> None:
+    case = case_of(SMOKE, (TOKENS,) * ranks, granularity)
     made, wanted = problem(case)
     for tokens in (129, 1, 64, 0, 129):
         y, _ = run(adapter, case, chosen(made, [slice(tokens)] * ranks))
-        assert_same([rows[:tokens] for rows in wanted.y], y, f"y of {tokens} tokens")
+        assert_same(tally, "y", [rows[:tokens] for rows in wanted.y], y, f"{tokens} tokens")
 
 
 @pytest.mark.gpu
+@per_granularity
 @pytest.mark.parametrize("sms", [8, 78, 132])
 @pytest.mark.parametrize(
     "shape, sizes",
@@ -196,18 +223,24 @@ def test_launches_of_several_sizes_on_one_buffer(ranks: int, adapter: MegaproofA
     ids=["flash-t1", "flash-t2", "flash-t129", "smoke-r8"],
 )
 def test_the_number_of_sms_changes_nothing(
-    shape: Shape, sizes: tuple[int, ...], sms: int, adapter: MegaproofAdapter, monkeypatch: pytest.MonkeyPatch
+    shape: Shape,
+    sizes: tuple[int, ...],
+    sms: int,
+    granularity: int,
+    adapter: GuardedAdapter,
+    tally: Tally,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As on a chip of so many, 78: the H20's. On it depend how many blocks share out the tasks, and GEMM 2's tiles."""
     chip = api.require_device()
     if chip.sms < sms:
         pytest.skip(f"needs {sms} SMs, this chip has {chip.sms}")
     monkeypatch.setattr(api, "require_device", lambda index=None: replace(chip, sms=sms))
-    case = Case(shape, sizes)
+    case = case_of(shape, sizes, granularity)
     made, wanted = problem(case)
     y, counts = run(adapter, case, made)
-    assert_same(wanted.y, y, f"y on {sms} SMs")
-    assert_same(wanted.stats, counts, "stats")
+    assert_same(tally, "y", wanted.y, y, f"on {sms} SMs")
+    assert_same(tally, "stats", wanted.stats, counts)
 
 
 @pytest.mark.parametrize("masked", [0, 30])
@@ -220,88 +253,59 @@ def test_these_batches_fill_the_smallest_ring_more_than_once(shape: Shape, sizes
 
 
 @pytest.mark.gpu
+@per_granularity
 @pytest.mark.parametrize("shape, sizes", RECYCLING.values(), ids=RECYCLING)
-def test_the_memory_for_activations_changes_nothing(shape: Shape, sizes: tuple[int, ...]) -> None:
+def test_the_memory_for_activations_changes_nothing(
+    shape: Shape, sizes: tuple[int, ...], granularity: int, tally: Tally
+) -> None:
     """A full ring, whose stages test_moe.py compares, and rings whose places are taken again and again."""
-    case = Case(shape, sizes, masked=30)
+    case = case_of(shape, sizes, granularity, masked=30)
     made, wanted = problem(case)
     assert recycled(wanted, LEAST)
     slots = None
     for ring_blocks in (None, LEAST, LEAST + 1, 3 * GROUP_BLOCKS, RING_BLOCKS):
-        with closing(MegaproofAdapter(ring_blocks)) as adapter:
+        with closing(GuardedAdapter(ring_blocks)) as adapter:
             y, counts = run(adapter, case, made)
             assert adapter.buffer is not None
             ring, pool = adapter.buffer.problem.ring_blocks, adapter.buffer.problem.pool_blocks
             assert ring == min(pool, ring_blocks or pool)
-            assert_same(wanted.y, y, f"y with {ring_blocks} blocks")
-            assert_same(wanted.stats, counts, "stats")
+            assert_same(tally, "y", wanted.y, y, f"{ring_blocks} blocks")
+            assert_same(tally, "stats", wanted.stats, counts)
             found = adapter.stages()["slots"]
             slots = found if slots is None else slots
-            same(f"slots with {ring_blocks} blocks", slots, found)
+            assert_same(tally, "slots", slots, found, f"{ring_blocks} blocks")
 
 
 # --- memory around it -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu
+@per_granularity
 @pytest.mark.parametrize("sizes", [(TOKENS,), UNEVEN], ids=["r1", "r8"])
-def test_nothing_else_is_written(sizes: tuple[int, ...], adapter: MegaproofAdapter) -> None:
-    """Inputs and weights stay; so do guards around y, and the rows of every view that this batch does not use.
-
-    What lies behind T tokens would be seen if it were read: valid experts, NaN rows and scales.
-    """
-    case = Case(SMOKE, sizes, masked=30)
+def test_nothing_else_is_written(sizes: tuple[int, ...], granularity: int, adapter: GuardedAdapter) -> None:
+    """Neither between the buffer's fields, nor around the outputs, nor in what the batch does not use of a field."""
+    case = case_of(SMOKE, sizes, granularity, masked=30)
     made, wanted = problem(case)
-    capacity = 2 * max(sizes)
-    zeros = [[part.new_zeros(capacity, part.shape[1]) for part in parts] for parts in made.arguments()[:4]]
-    prepare(adapter, case, Inputs(*zeros, made.weights))  # makes the buffer, twice as large as the case needs
-    assert adapter.buffer is not None
-    ranks = [adapter.buffer.rank(r) for r in range(case.ranks)]
-    for views in ranks:
-        views.x.view(torch.uint8).fill_(NAN)
-        views.x_sf.fill_(float("nan"))
-        views.topk_idx.zero_()
-        views.topk_weights.fill_(float("nan"))
-    prepare(adapter, case, made)
-    adapter.fill(GUARD)
-    h = case.shape.hidden
-    guarded = [
-        torch.full((tokens + 2 * GUARD_ROWS, 2 * h), GUARD, dtype=torch.uint8, device=CUDA).view(torch.bfloat16)
-        for tokens in sizes
-    ]
-    adapter.outputs = [around[GUARD_ROWS : GUARD_ROWS + t] for around, t in zip(guarded, sizes, strict=True)]
-
-    names = ("x", "x_sf", "topk_idx", "topk_weights")
-    read = [getattr(views, name) for views in ranks for name in names]
-    read += [tensor for layer in adapter.weights for pair in layer for tensor in pair]
-    before = [raw(tensor) for tensor in read]
-    digest = made.sha256()
-    adapter.launch()
-
-    assert all(torch.equal(raw(tensor), old) for tensor, old in zip(read, before, strict=True)), "an input has changed"
-    assert made.sha256() == digest
-    assert_same(wanted.y, adapter.y(), "y")
-    assert_same(wanted.stats, adapter.stats(), "stats")
-    for rank, (views, around, tokens) in enumerate(zip(ranks, guarded, sizes, strict=True)):
-        used = sum(aligned(rows, BLOCK_M) for rows in wanted.stats[rank].tolist())
-        unused = {"y's front guard": around[:GUARD_ROWS], "y's back guard": around[GUARD_ROWS + tokens :]}
-        unused |= {"slots": views.slots[:, tokens:]} | {name: getattr(views, name)[used:] for name in POOL_STAGES}
-        for name, tensor in unused.items():
-            assert tensor.numel(), f"{name} has no unused row: the test checks nothing"
-            assert bool((raw(tensor) == GUARD).all()), f"{name} of rank {rank} was written outside of its rows"
+    unused = assert_nothing_else_is_written(adapter, Prepared(case, made, CUDA), wanted)
+    between = len(adapter.between) * case.ranks
+    print(f"{between:,} bytes between fields and {unused:,} unused ones inside of them are as they were")
 
 
 # --- time -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "delay",
-    [delay if i < 3 else pytest.param(delay, marks=pytest.mark.gpu) for i, delay in enumerate(DELAYS)],
-    ids=lambda delay: delay.id,
+    "delay, granularity",
+    [
+        pytest.param(delay, granularity, marks=() if i < (3 if granularity == 64 else 1) else pytest.mark.gpu)
+        for granularity in GRANULARITIES
+        for i, delay in enumerate(DELAYS)
+    ],
+    ids=lambda value: value.id if isinstance(value, Delay) else f"g{value}",
 )
-def test_a_build_with_a_late_role_passes_the_gate(delay: Delay) -> None:
-    """Three of them without a GPU, for the time that they take."""
-    assert set(delayed.compile_delayed(delay).report.entries) == set(api.ENTRIES)
+def test_a_build_with_a_late_role_passes_the_gate(delay: Delay, granularity: int) -> None:
+    """Four of them without a GPU, for the time that they take; `python -m tests.delayed` builds them all."""
+    assert set(delayed.compile_delayed(delay, granularity).report.entries) == set(api.ENTRIES)
 
 
 @pytest.mark.parametrize("delay", [*DELAYS, delayed.STUCK], ids=lambda delay: delay.id)
@@ -311,6 +315,7 @@ def test_a_delay_is_one_more_statement_in_the_sources(delay: Delay) -> None:
 
 
 @pytest.mark.gpu
+@per_granularity
 @pytest.mark.parametrize(
     "shape, sizes",
     [(SMOKE, (TOKENS,)), RECYCLING["smoke-r1"], RECYCLING["crowded-r8"]],
@@ -318,25 +323,31 @@ def test_a_delay_is_one_more_statement_in_the_sources(delay: Delay) -> None:
 )
 @pytest.mark.parametrize("delay", DELAYS, ids=lambda delay: delay.id)
 def test_late_roles_change_nothing(
-    delay: Delay, shape: Shape, sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+    delay: Delay,
+    shape: Shape,
+    sizes: tuple[int, ...],
+    granularity: int,
+    tally: Tally,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """In the smallest ring. Three launches in a row: what one leaves behind too late, the next one finds."""
     used = []
-    monkeypatch.setattr(api, "_library", lambda _: used.append(delay) or delayed.library(delay))
-    case = Case(shape, sizes, masked=30)
+    monkeypatch.setattr(api, "_library", lambda asked: used.append(asked) or delayed.library(delay, asked))
+    case = case_of(shape, sizes, granularity, masked=30)
     made, wanted = problem(case)
     assert recycled(wanted, LEAST) == (sizes != (TOKENS,))
-    with closing(MegaproofAdapter(LEAST)) as adapter:
+    with closing(GuardedAdapter(LEAST)) as adapter:
         prepare(adapter, case, made)
         for launch in range(3):
             adapter.fill(NAN)
             adapter.launch()
-            assert_same(wanted.y, adapter.y(), f"y of launch {launch}")
-        assert_same([3 * counts for counts in wanted.stats], adapter.stats(), "stats")
-    assert used == [delay] * 3
+            assert_same(tally, "y", wanted.y, adapter.y(), f"launch {launch}")
+        assert_same(tally, "stats", [3 * counts for counts in wanted.stats], adapter.stats())
+    assert used == [granularity] * 3
 
 
 @pytest.mark.gpu
+@per_granularity
 @pytest.mark.parametrize(
     "shape, sizes, ring_blocks",
     [
@@ -347,13 +358,18 @@ def test_late_roles_change_nothing(
     ],
     ids=["smoke-r1", "smoke-r8", "flash-r1", *(f"recycled-{name}" for name in RECYCLING)],
 )
-def test_a_thousand_repeats_are_equal(shape: Shape, sizes: tuple[int, ...], ring_blocks: int | None) -> None:
-    """Launches follow one another without a pause; they are counted on the device."""
-    case, repeats = Case(shape, sizes), 1000
+def test_a_thousand_repeats_are_equal(
+    shape: Shape, sizes: tuple[int, ...], ring_blocks: int | None, granularity: int, tally: Tally
+) -> None:
+    """Launches follow one another without a pause; they are counted on the device.
+
+    Where none of n differs, one in 3/n or more would have been seen with a chance of 95 % (the rule of three).
+    """
+    case, repeats = case_of(shape, sizes, granularity), 1000
     made, wanted = problem(case)
     expected = torch.cat(wanted.y).view(torch.int16)
     different = torch.zeros((), dtype=torch.int64, device=CUDA)
-    with closing(MegaproofAdapter(ring_blocks)) as adapter:
+    with closing(GuardedAdapter(ring_blocks)) as adapter:
         prepare(adapter, case, made)
         for _ in range(repeats):
             for y in adapter.outputs:
@@ -362,15 +378,33 @@ def test_a_thousand_repeats_are_equal(shape: Shape, sizes: tuple[int, ...], ring
             different += (torch.cat(adapter.outputs).view(torch.int16) != expected).any()
         assert adapter.buffer is not None
         adapter.buffer.check()
-        print(f"{shape.name}, {case.ranks} ranks: {int(different)} of {repeats} differ")
+        adapter.assert_intact()
+        print(f"{case.id}, ring {adapter.buffer.problem.ring_blocks}: {rule_of_three(int(different), repeats)}")
         assert int(different) == 0
-        assert_same([repeats * counts for counts in wanted.stats], adapter.stats(), "stats")
+        tally["y"] += repeats * expected.numel()
+        assert_same(tally, "stats", [repeats * counts for counts in wanted.stats], adapter.stats())
+
+
+def rule_of_three(different: int, repeats: int) -> str:
+    """What n repeats say of the probability p that a launch differs."""
+    if different:
+        return f"{different} of {repeats} differ"
+    return f"0 of {repeats} differ, so p < 3/{repeats} = {3 / repeats:g} (95 % confidence)"
+
+
+def test_the_rule_of_three() -> None:
+    assert rule_of_three(0, 1000) == "0 of 1000 differ, so p < 3/1000 = 0.003 (95 % confidence)"
+    assert rule_of_three(2, 1000) == "2 of 1000 differ"
+    assert 0.049 < (1 - 3 / 1000) ** 1000 < 0.05, "the chance to see none if p were so large"
 
 
 @pytest.mark.gpu
+@per_granularity
 @pytest.mark.parametrize("sizes", [(TOKENS,), (65, 64, 33, 7, 1, 128, 129, 2)], ids=["r1", "r8"])
-def test_a_cuda_graph_replays_with_other_inputs(sizes: tuple[int, ...], adapter: MegaproofAdapter) -> None:
-    case, replays = Case(SMOKE, sizes, masked=30), 100
+def test_a_cuda_graph_replays_with_other_inputs(
+    sizes: tuple[int, ...], granularity: int, adapter: GuardedAdapter, tally: Tally
+) -> None:
+    case, replays = case_of(SMOKE, sizes, granularity, masked=30), 100
     made, wanted = problem(case)
     prepare(adapter, case, made)
     adapter.launch()  # loads the kernel: a capture may not
@@ -387,5 +421,6 @@ def test_a_cuda_graph_replays_with_other_inputs(sizes: tuple[int, ...], adapter:
                 getattr(views, name).view(source.dtype)[:tokens] = source.roll(replay, 0)
         graph.replay()
         adapter.buffer.check()
-        assert_same([rows.roll(replay, 0) for rows in wanted.y], adapter.y(), f"y of replay {replay}")
-    assert_same([(replays + 1) * counts for counts in wanted.stats], adapter.stats(), "stats")
+        adapter.assert_intact()
+        assert_same(tally, "y", [rows.roll(replay, 0) for rows in wanted.y], adapter.y(), f"replay {replay}")
+    assert_same(tally, "stats", [(replays + 1) * counts for counts in wanted.stats], adapter.stats())

@@ -11,7 +11,7 @@ import torch
 from kernel import api
 from kernel.adapters import Prepared
 from kernel.adapters.megaproof import MegaproofAdapter
-from quant.recipe import SHAPES
+from quant.recipe import SHAPES, Recipe
 from reference.layer import moe_layer
 from tests import delayed, inputs
 from tests.cases import Case
@@ -22,18 +22,22 @@ MESSAGE = r"rank (\d+), block (\d+) waited for ([a-zA-Z0-9 ]+): expected (\d+), 
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("ring_blocks", [None, 48], ids=["full_ring", "small_ring"])
+@pytest.mark.parametrize(
+    ("ring_blocks", "granularity"),
+    [(None, 64), (48, 64), (None, 128)],
+    ids=["full_ring", "small_ring", "full_ring-g128"],
+)
 @pytest.mark.parametrize("tokens", [(4000,), (500,) * 8], ids=lambda tokens: f"r{len(tokens)}")
 def test_who_waits_in_vain_gives_up_and_the_next_launch_is_right(
-    tokens: tuple[int, ...], ring_blocks: int | None, monkeypatch: pytest.MonkeyPatch
+    tokens: tuple[int, ...], ring_blocks: int | None, granularity: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    case = Case(SHAPES["smoke"], tokens)
+    case = Case(SHAPES["smoke"], tokens, Recipe(activation_granularity=granularity))
     made = inputs.make(case, "cuda")
     prepared = Prepared(case, made, torch.device("cuda"))
     stuck, fresh = MegaproofAdapter(ring_blocks), MegaproofAdapter(ring_blocks)
     stuck.prepare(prepared)
     assert stuck.buffer is not None
-    late = delayed.library(delayed.STUCK)  # before the clock starts
+    late = delayed.library(delayed.STUCK, granularity)  # before the clock starts
     with monkeypatch.context() as patch:
         patch.setattr(api, "TIMEOUT_S", LIMIT_S)
         patch.setattr(api, "_library", lambda _: late)

@@ -1,7 +1,8 @@
 """Shapes that the host accepts, far from any model's: odd multiples of 128, one expert, 512, 32 slots, uneven ranks.
 
-SWEEP is a pairwise table (`tests/pairwise.py`) and corners by hand. On silicon every case is proven; without a GPU the
-reference as ranks is proven on the smallest, so that the machinery of this file is seen to work.
+SWEEP is a pairwise table (`tests/pairwise.py`) and corners by hand; in REPEATED tokens name an expert in several slots
+and have more slots than there are experts. On silicon every case is proven; without a GPU the small ones are, under the
+emulator, and the smallest with the reference as ranks.
 """
 
 from __future__ import annotations
@@ -14,21 +15,25 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
-from kernel import api
+from kernel import api, emulator
 from kernel.adapters import Adapter, Prepared
 from kernel.adapters.megaproof import MegaproofAdapter
 from kernel.adapters.reference import ReferenceAdapter
-from kernel.config import BLOCK_N, GROUP_BLOCKS, MAX_EXPERTS, MAX_RANKS, Problem
+from kernel.config import BLOCK_M, BLOCK_N, GRANULARITIES, GROUP, GROUP_BLOCKS, MAX_EXPERTS, MAX_RANKS, Problem
 from kernel.params import SHAPE_FIELDS
 from kernel.symm import RankViews
-from quant.recipe import Recipe, Shape
+from quant import philox
+from quant.recipe import Recipe, RecipeError, Shape
 from reference.layer import moe_layer
 from tests import inputs
 from tests.cases import Case
+from tests.draws import MASK, TOPK, stream
 from tests.inputs import Inputs
 from tests.kernel_proof import Proof, prove
-from tests.pairwise import Row, table
+from tests.pairwise import Row, met, possible_pairs, table
+from tests.redzones import GuardedAdapter, GuardedEmulatedAdapter
 
 SPREADS = {
     "one": (1, 0, 0, 0, 0, 0, 0, 0),
@@ -51,6 +56,7 @@ AXES: dict[str, tuple[object, ...]] = {
     "masked": (0, 30),
     "silu": ("fast", "precise"),
     "clamp": (None, 0.5, 10.0),
+    "granularity": GRANULARITIES,
 }
 """local: experts of a rank. spare: how much larger than the largest T the capacity is."""
 
@@ -63,12 +69,17 @@ def allowed(row: Row) -> bool:
 
 def _case(hidden: int, inter: int, experts: int, topk: int, tokens: tuple[int, ...], **axes: object) -> Case:
     shape = Shape(f"h{hidden}i{inter}e{experts}k{topk}", hidden, inter, experts, topk)
+    return Case(shape, tokens, _recipe(axes), **axes)
+
+
+def _recipe(axes: dict[str, object]) -> Recipe:
+    """Takes what belongs to a recipe out of `axes`."""
     changes = {name: axes.pop(name) for name in ("clamp", "silu") if name in axes}
-    return Case(shape, tokens, Recipe(**changes), **axes)
+    return Recipe(**changes, activation_granularity=axes.pop("granularity", GROUP))
 
 
 def _from_row(row: Row) -> tuple[Case, int]:
-    axes = {name: row[name] for name in ("routing", "masked", "silu", "clamp")}
+    axes = {name: row[name] for name in ("routing", "masked", "silu", "clamp", "granularity")}
     tokens = SPREADS[row["tokens"]][: row["ranks"]]
     experts = row["ranks"] * row["local"]
     return _case(row["hidden"], row["intermediate"], experts, row["topk"], tokens, **axes), row["spare"]
@@ -92,9 +103,60 @@ CORNERS = (
     (_case(7296, 128, 8, 3, (2, 0, 1, 0, 0, 3, 0, 1), clamp=None), 5),
     (_case(128, 4224, 4, 1, (130, 0), routing="one_hot"), 0),
     (_case(640, 384, 8, 2, (0, 0, 0, 300, 0, 0, 0, 0), routing="one_rank"), 0),
+    (_case(128, 128, 1, 1, (1,), granularity=128), 0),
+    (_case(128, 128, 1, 1, (300,), granularity=128), 0),
+    (_case(384, 640, 2, 2, (257, 300), clamp=None, granularity=128), 3),
+    (_case(128, 384, 33, 31, (64,), silu="precise", granularity=128), 0),
+    (_case(128, 128, MAX_EXPERTS, 6, (65,), granularity=128), 0),
+    (_case(128, 16256, 2, 2, (5, 3), silu="precise", granularity=128), 0),
+    (_case(128, 4224, 4, 1, (130, 0), routing="one_hot", granularity=128), 0),
 )
-SWEEP = (*CORNERS, *map(_from_row, table(AXES, allowed)))
+ROWS = table(AXES, allowed)
+SWEEP = (*CORNERS, *map(_from_row, ROWS))
 """(case, spare)."""
+
+
+class Repeating(Shape):
+    """One whose tokens may name an expert in several slots, and so have more slots than there are experts."""
+
+    def __post_init__(self) -> None:
+        """All rules of a shape but that one."""
+        Shape(self.name, self.hidden, self.intermediate, self.experts, min(self.topk, self.experts))
+
+
+def _repeating(experts: int, topk: int, tokens: tuple[int, ...], size: int = 128, **axes: object) -> Case:
+    shape = Repeating(f"h{size}i{size}e{experts}k{topk}_repeating", size, size, experts, topk)
+    return Case(shape, tokens, _recipe(axes), **axes)
+
+
+REPEATED = (
+    (_repeating(1, 2, (3,)), 0),  # twice the same expert: there is no other
+    (_repeating(1, 32, (9,), masked=30), 1),
+    (_repeating(2, 5, (33, 64), masked=30, silu="precise"), 0),
+    (_repeating(3, 8, (129,), routing="one_hot"), 0),  # one expert in all slots of all tokens
+    (_repeating(4, 32, (9, 0, 5, 17), masked=70, granularity=128), 3),
+    (_repeating(8, 6, (65, 0, 1, 7, 0, 3, 0, 9), masked=30), 0),  # no more slots than experts, and still repeated
+    (_repeating(2, 3, (130, 7), clamp=None, granularity=128), 0),
+    (_repeating(6, 9, (40, 0, 71), 256, masked=30), 11),
+)
+"""(case, spare); routing one_hot: one expert for all; else experts are drawn with replacement."""
+
+
+def made(case: Case, device: str) -> Inputs:
+    """The case's inputs; where experts repeat, with indices of our own."""
+    if not isinstance(case.shape, Repeating):
+        return inputs.make(case, device)
+    topk_idx = [_repeated(case, rank) for rank in range(case.ranks)]
+    x, x_sf, topk_weights, weights = inputs.FAMILIES[case.family](case, topk_idx, torch.device(device))
+    return Inputs(x, x_sf, [idx.to(device) for idx in topk_idx], topk_weights, weights)
+
+
+def _repeated(case: Case, rank: int) -> Tensor:
+    """int64 [T_r, K]: experts with replacement, masked slots -1."""
+    shape = (case.tokens[rank], case.shape.topk)
+    word, mask = (philox.words(case.seed, stream(what, rank), shape[0] * shape[1]).view(shape) for what in (TOPK, MASK))
+    expert = case.seed if case.routing == "one_hot" else word
+    return torch.where(mask % 100 < case.masked, -1, expert % case.shape.experts)
 
 
 def work(case: Case) -> int:
@@ -107,10 +169,20 @@ def problem(case: Case, spare: int) -> Problem:
     return Problem(case.ranks, shape.experts, shape.topk, shape.hidden, shape.intermediate, capacity)
 
 
+def padded_work(case: Case, spare: int) -> int:
+    """What the emulator multiplies at most, padding rows too."""
+    busy = min(case.shape.experts, sum(case.tokens) * case.shape.topk)
+    blocks = busy + sum(case.tokens) * case.shape.topk // BLOCK_M
+    return 3 * blocks * BLOCK_M * case.shape.hidden * case.shape.intermediate
+
+
+MOST_EMULATED = 330_000_000
+"""Multiplications that the emulator does within a second or two."""
 LEAST = 2 * GROUP_BLOCKS
 RECYCLED = [entry for entry in SWEEP if problem(*entry).pool_blocks > LEAST]
 """Where the smallest ring is smaller than the pool."""
 SMALL = sorted(SWEEP, key=lambda entry: work(entry[0]))[:8]
+EMULATED = [entry for entry in (*REPEATED, *SWEEP) if padded_work(*entry) < MOST_EMULATED]
 
 
 def sweep_id(value: Case | int) -> str:
@@ -119,27 +191,27 @@ def sweep_id(value: Case | int) -> str:
 
 def prove_with_spare(adapter: Adapter, case: Case, spare: int, device: str) -> Proof:
     """The proof, in a buffer that a larger batch made before."""
-    made = inputs.make(case, device)
-    made = replace(made, weights=functools.cache(made.weights))
+    drawn = made(case, device)
+    drawn = replace(drawn, weights=functools.cache(drawn.weights))
     if spare:
         capacity = max(case.tokens) + spare
-        larger = [[part.new_zeros(capacity, part.shape[1]) for part in parts] for parts in made.arguments()[:4]]
+        larger = [[part.new_zeros(capacity, part.shape[1]) for part in parts] for parts in drawn.arguments()[:4]]
         first = replace(case, tokens=(capacity,) * case.ranks)
-        adapter.prepare(Prepared(first, Inputs(*larger, made.weights), torch.device(device), whole=False))
-    expected = moe_layer(case.recipe, *made.arguments(), trace=True, experts=case.shape.experts)
-    return prove(adapter, Prepared(case, made, torch.device(device)), expected)
+        adapter.prepare(Prepared(first, Inputs(*larger, drawn.weights), torch.device(device), whole=False))
+    expected = moe_layer(case.recipe, *drawn.arguments(), trace=True, experts=case.shape.experts)
+    return prove(adapter, Prepared(case, drawn, torch.device(device)), expected)
 
 
 @pytest.fixture
 def adapter() -> Iterator[MegaproofAdapter]:
-    adapter = MegaproofAdapter()
+    adapter = GuardedAdapter()
     yield adapter
     adapter.close()
     torch.cuda.empty_cache()
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case, spare", SWEEP, ids=sweep_id)
+@pytest.mark.parametrize("case, spare", (*SWEEP, *REPEATED), ids=sweep_id)
 def test_every_legal_shape_is_computed(case: Case, spare: int, adapter: MegaproofAdapter) -> None:
     print(f"{case.id}: {prove_with_spare(adapter, case, spare, 'cuda')}")
     assert adapter.buffer is not None
@@ -149,21 +221,30 @@ def test_every_legal_shape_is_computed(case: Case, spare: int, adapter: Megaproo
 @pytest.mark.gpu
 @pytest.mark.parametrize("case, spare", RECYCLED, ids=sweep_id)
 def test_every_legal_shape_is_computed_in_the_smallest_ring(case: Case, spare: int) -> None:
-    adapter = MegaproofAdapter(ring_blocks=LEAST)
+    adapter = GuardedAdapter(ring_blocks=LEAST)
     print(f"{case.id}: {prove_with_spare(adapter, case, spare, 'cuda')}")
     assert adapter.buffer is not None
     assert adapter.buffer.problem.ring_blocks == LEAST
     adapter.close()
 
 
-@pytest.mark.parametrize("case, spare", SMALL, ids=sweep_id)
+@pytest.mark.skipif(emulator.compiler() is None, reason="no C++ compiler is on PATH (g++ or clang++)")
+@pytest.mark.parametrize("case, spare", EMULATED, ids=sweep_id)
+def test_the_emulated_kernel_passes_the_same_proof(case: Case, spare: int) -> None:
+    adapter = GuardedEmulatedAdapter()
+    print(f"{case.id}: {prove_with_spare(adapter, case, spare, 'cpu')}")
+    assert adapter.buffer.problem.capacity == max(1, max(case.tokens) + spare)
+
+
+@pytest.mark.parametrize("case, spare", (*SMALL, *REPEATED), ids=sweep_id)
 def test_the_reference_passes_the_same_proof(case: Case, spare: int) -> None:
     assert prove_with_spare(ReferenceAdapter(), case, spare, "cpu").launches == 3
 
 
 def test_the_sweep_is_what_it_says() -> None:
     cases, ids = [case for case, _ in SWEEP], {(case.id, spare) for case, spare in SWEEP}
-    assert len(ids) == len(SWEEP) <= 64
+    assert len(ids) == len(SWEEP) <= 72
+    assert set().union(*(met(row, AXES) for row in ROWS)) >= set(possible_pairs(AXES, allowed))
     problems = [problem(*entry) for entry in SWEEP]
     half_wide = sum(one.hidden % BLOCK_N == BLOCK_N // 2 for one in problems)
     assert half_wide >= 5, "the last tile column of GEMM 2"
@@ -172,6 +253,28 @@ def test_the_sweep_is_what_it_says() -> None:
     assert {one.experts_local for one in problems} >= {1, 2, 33, MAX_EXPERTS}
     assert {one.topk for one in problems} >= {1, 31, 32}
     assert max(map(work, cases)) < 4e9
+    per_128 = [case for case in cases if case.recipe.activation_granularity == 128]
+    assert 20 <= len(per_128) <= len(cases) - 20
+    assert {case.shape.intermediate // 128 % 2 for case in per_128} == {0, 1}, "pairs of groups, and one more"
+
+
+def test_experts_repeat_where_they_should() -> None:
+    """As no model of a shape allows, and as the kernel's own rules do."""
+    assert {entry for entry in REPEATED if entry in EMULATED} == set(REPEATED), "all are proven without a GPU too"
+    more = 0
+    for case, spare in REPEATED:
+        assert problem(case, spare).topk == case.shape.topk
+        more += case.shape.topk > case.shape.experts
+        topk_idx = torch.cat(made(case, "cpu").topk_idx)
+        repeats = [len(row) - len(set(row)) for row in ([e for e in row if e >= 0] for row in topk_idx.tolist())]
+        assert max(repeats) > 0
+        assert bool((topk_idx < 0).any()) == bool(case.masked)
+        assert int(topk_idx.max()) < case.shape.experts
+    assert more >= 5
+    with pytest.raises(RecipeError, match="topk = 5 must be in"):
+        Shape("two", 128, 128, 2, 5)
+    with pytest.raises(RecipeError, match="hidden = 100 must be"):
+        Repeating("odd", 100, 128, 2, 5)
 
 
 # --- sizes ------------------------------------------------------------------------------------------------------------

@@ -30,6 +30,8 @@ class MegaproofAdapter:
         self.ring_blocks = ring_blocks
         self.prepared: Prepared | None = None
         self.buffer: Any = None
+        self.weights: list[tuple] = []
+        self._sizes: tuple | None = None
         self._weights_of: object = None
 
     def claims(self, recipe: Recipe) -> str | None:
@@ -50,8 +52,10 @@ class MegaproofAdapter:
         if self.buffer is None or self._sizes != sizes or self.buffer.problem.capacity < capacity:
             layer = (case.ranks, shape.experts, shape.topk, shape.hidden, shape.intermediate, capacity)
             self.buffer = self._make_buffer(Problem(*layer, self.ring_blocks or Problem(*layer).pool_blocks))
-            self._sizes, self._weights_of = sizes, None
+            self._weights_of = self._weights_of if self._sizes == sizes else None
+            self._sizes = sizes
         if self._weights_of is not made.weights:
+            self.weights, self._weights_of = [], None  # the old ones go first: two layers may not fit
             self.weights = [self._rank_weights(prepared, rank, local) for rank in range(case.ranks)]
             self._weights_of = made.weights
         for rank, tokens in enumerate(case.tokens):
@@ -88,7 +92,7 @@ class MegaproofAdapter:
         Where blocks share a place in the ring, only the last one's activations are left: slots alone are shown then.
         """
         case, where = self._prepared.case, routes(self._prepared.inputs.topk_idx)
-        local, device = case.shape.experts_per_rank(case.ranks), where.rank.device
+        local = case.shape.experts_per_rank(case.ranks)
         ring_rows, whole = self._buffer.problem.ring_rows, True
         scales = case.shape.intermediate // case.recipe.activation_granularity
         found: dict[str, list[Tensor]] = {name: [] for name in (*POOL_STAGES, "place")}
@@ -109,10 +113,10 @@ class MegaproofAdapter:
         wanted = torch.stack([where.rank, where.token * case.shape.topk + where.slot, where.expert], dim=1)
         assert torch.equal(place[order], wanted), "a routed row is missing, doubled, or with another expert"
         stages = {name: torch.cat(parts)[order] for name, parts in found.items()} if whole else {}
-        slots = [self._buffer.rank(r).slots[k, t] for r, t, k in where.triples().tolist()]
-        empty = torch.empty(0, case.shape.hidden, dtype=torch.bfloat16, device=device)
-        stages["slots"] = torch.stack(slots) if slots else empty
-        return stages if slots else {"slots": empty}
+        ours = [where.rank == rank for rank in range(case.ranks)]  # rank after rank, as the routes are
+        slots = [self._buffer.rank(r).slots[where.slot[mine], where.token[mine]] for r, mine in enumerate(ours)]
+        stages["slots"] = torch.cat(slots)
+        return stages if len(where) else {"slots": stages["slots"]}
 
     def y(self) -> list[Tensor]:
         """By rank."""
