@@ -249,9 +249,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Item]) -> list[str]:
     on_cases = [item for item in items if _case(item)]
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
-    found = {
-        (getattr(case, "id", ""), case.ranks): getattr(case, "tier", "cpu") for case in map(_case, on_cases) if case
-    }
+    found: dict[tuple[str, int], str] = {}
+    for item in on_cases:
+        case, needs_gpu = _case(item), item.get_closest_marker("gpu") is not None
+        key = getattr(case, "id", ""), case.ranks
+        found[key] = "gpu" if needs_gpu and found.get(key) != "cpu" else "cpu"
     tiers = Counter(found.values())
     return [
         f"megaproof: {len(items)} tests selected, {len(on_cases)} of them on cases; {len(on_gpu)} need a GPU",

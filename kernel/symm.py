@@ -18,13 +18,21 @@ COUNTERS = {
     5: "L2 turns of a pool block",
 }
 """`Counter` of barrier.cuh, in words."""
+ROLES = {
+    1: "all roles",
+    2: "all roles",
+    3: "scout",
+    4: "scout or dispatch",
+    5: "scout",
+}
+"""Who waits for it: all at the meetings; for L1 turns the scout (GEMM 2) or dispatch (a free place in the ring)."""
 
 
 def waited(status: Tensor) -> str | None:
     """What a `Status` of params.cuh says: who waited in vain and for what; None where nobody did."""
     flag, rank, block, counter, expected, seen, *_ = status.tolist()
-    what = COUNTERS.get(counter, "nothing known")
-    return f"rank {rank}, block {block} waited for {what}: expected {expected}, saw {seen}" if flag else None
+    what, who = COUNTERS.get(counter, "nothing known"), ROLES.get(counter, "nobody known")
+    return f"rank {rank}, block {block}, {who} waited for {what}: expected {expected}, saw {seen}" if flag else None
 
 
 class KernelTimeout(RuntimeError):

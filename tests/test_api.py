@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from kernel import api, arguments, config
+from kernel import api, arguments, build, config, symm
 from kernel.config import ConfigError, Problem
 from quant.recipe import RECIPES, Recipe, RecipeError
 from tests.fake_call import BF16, CAPACITY, EXPERTS, FP8, HIDDEN, SMS, FakeLibrary, call, installed
@@ -144,6 +145,16 @@ def test_outputs_in_the_buffer_are_refused(library: FakeLibrary, field: str) -> 
     ):
         api.fp8_mega_moe(**good | {"y": [good["y"][0], y], "cumulative_local_expert_recv_stats": stats})
     assert not library.launches
+
+
+def test_who_waited_in_vain_is_said() -> None:
+    """`Status` of params.cuh: flag, rank, block, counter, expected, seen."""
+    enum = re.search(r"enum Counter : u32 \{([^}]*)\}", (build.FOLDER / "barrier.cuh").read_text())
+    assert enum is not None
+    assert {int(value) for value in re.findall(r"= (\d+)", enum[1])} == {*symm.COUNTERS} == {*symm.ROLES}
+    said = "rank 2, block 3, scout or dispatch waited for L1 turns of a pool block: expected 128, saw 5"
+    assert symm.waited(torch.tensor([1, 2, 3, 4, 128, 5])) == said
+    assert symm.waited(torch.tensor([0, 2, 3, 4, 128, 5])) is None
 
 
 def test_meta_tensors_are_judged_too() -> None:

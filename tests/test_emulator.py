@@ -103,7 +103,7 @@ def test_a_role_that_waits_in_vain_says_so() -> None:
             text, "else if (const u32 warp = threadIdx.x / 32; warp >= 1", "else if (const u32 warp = 9; warp < 1"
         )
 
-    with pytest.raises(emulator.EmulationError, match=r"waited for rows of a pool block: expected \d+, saw 0"):
+    with pytest.raises(emulator.EmulationError, match=r"scout waited for rows of a pool block: expected \d+, saw 0"):
         proof(narrow(2, (3,)), change=nobody_pulls, timeout_steps=200_000)
 
 

@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from kernel import api
+from kernel import api, symm
 from kernel.adapters import Prepared
 from kernel.adapters.megaproof import MegaproofAdapter
 from quant.recipe import SHAPES, Recipe
@@ -18,7 +18,7 @@ from tests.cases import Case
 from tests.compare import same
 
 LIMIT_S = 0.2
-MESSAGE = r"rank (\d+), block (\d+) waited for ([a-zA-Z0-9 ]+): expected (\d+), saw (\d+)"
+MESSAGE = r"rank (\d+), block (\d+), ([a-z ]+) waited for ([a-zA-Z0-9 ]+): expected (\d+), saw (\d+)"
 
 
 @pytest.mark.gpu
@@ -50,9 +50,10 @@ def test_who_waits_in_vain_gives_up_and_the_next_launch_is_right(
     assert LIMIT_S < seconds < delayed.STUCK.microseconds / 1e6 + 1
 
     message = re.fullmatch(MESSAGE, str(caught.value))
-    assert message, f"{caught.value} names no rank, block, counter, expected and seen value"
-    rank, _, counter, expected, seen = message.groups()
+    assert message, f"{caught.value} names no rank, block, role, counter, expected and seen value"
+    rank, _, role, counter, expected, seen = message.groups()
     assert int(rank) < case.ranks
+    assert role in symm.ROLES.values()
     assert counter in api.COUNTERS.values()
     assert expected != seen
     if case.ranks == 1:
