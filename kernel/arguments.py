@@ -10,13 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernel.config import ConfigError, Problem, check_recipe
+from kernel.config import BLOCK_K, ConfigError, Problem, check_recipe
 from kernel.symm import RankViews, SymmBuffer
 from quant.recipe import Recipe, RecipeError
 
 STATS = "cumulative_local_expert_recv_stats"
-BLOCK = 128
-"""Rows and columns of weights that share a scale."""
 ALIGNED = 16
 """Bytes: TMA reads weights, and y is written, at addresses that are multiples of this."""
 
@@ -75,9 +73,9 @@ def check_to_transform(l1: Any, l2: Any) -> None:
                 f"{name} is {w.dtype} {list(w.shape)}; it must be torch.float8_e4m3fn [E_loc, rows, columns]"
             )
         e, n, k = w.shape
-        if n % BLOCK or k % BLOCK:
-            raise ConfigError(f"{name} has {n} rows and {k} columns; both must be multiples of {BLOCK}")
-        blocks = (e, n // BLOCK, k // BLOCK)
+        if n % BLOCK_K or k % BLOCK_K:
+            raise ConfigError(f"{name} has {n} rows and {k} columns; both must be multiples of {BLOCK_K}")
+        blocks = (e, n // BLOCK_K, k // BLOCK_K)
         if sf.dtype != torch.float32 or tuple(sf.shape) != blocks:
             found = f"{sf.dtype} {list(sf.shape)}"
             raise ConfigError(
@@ -85,10 +83,10 @@ def check_to_transform(l1: Any, l2: Any) -> None:
             )
         shapes.append((e, n, k))
     (e, n, k), found = shapes
-    if found != (e, k, n // 2) or n % (2 * BLOCK):
+    if found != (e, k, n // 2) or n % (2 * BLOCK_K):
         raise ConfigError(
             f"l1 is {[e, n, k]} and l2 {list(found)}; they must be [E_loc, 2I, H] and [E_loc, H, I], "
-            f"I a multiple of {BLOCK}"
+            f"I a multiple of {BLOCK_K}"
         )
 
 

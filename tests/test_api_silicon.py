@@ -43,22 +43,24 @@ def equal(found: list[Tensor], expected: list[Tensor]) -> bool:
 def test_host_cost(smoke: int) -> None:
     _, arguments, _ = ready(smoke)
     calls = [arguments, arguments | {"y": [y.clone() for y in arguments["y"]]}]
-    quietest = []
+    costs = []
     for what, step in (("the same y", 0), ("another y", 1)):
-        medians = []
+        batches = []
         for _ in range(42):
             torch.cuda.synchronize()  # or the host waits for room in the queue
-            times = []
+            batch = []
             for turn in range(50):
                 passed = calls[turn * step % 2]
                 start = time.perf_counter_ns()
                 api.fp8_mega_moe(**passed)
-                times.append(time.perf_counter_ns() - start)
-            medians.append(statistics.median(times) / 1e3)
-        quietest.append(min(medians[2:]))  # a host has neighbours
-        print(f"host cost of a call with {what}: {statistics.median(medians[2:]):.1f} us, at best {quietest[-1]:.1f}")
+                batch.append((time.perf_counter_ns() - start) / 1e3)
+            batches.append(batch)
+        kept = batches[2:]
+        costs.append(statistics.median(us for batch in kept for us in batch))
+        quietest = min(map(statistics.median, kept))  # a host has neighbours
+        print(f"host cost of a call with {what}: {costs[-1]:.1f} us; of the quietest 50 calls {quietest:.1f}")
     arguments["sym_buffer"].check()
-    assert smoke or max(quietest) < 15
+    assert smoke or costs[0] < 15
 
 
 @pytest.mark.gpu

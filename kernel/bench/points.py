@@ -17,7 +17,7 @@ from kernel import config
 from kernel.bench.load import ROUTINGS
 from kernel.bench.timer import REGIMES
 from kernel.build import FOLDER
-from kernel.roofline import RANKS
+from kernel.roofline import CHIPS, RANKS
 from quant.recipe import SHAPES, Shape
 from reference.scheduler import l2_width
 
@@ -25,7 +25,7 @@ PEERS: dict[str, Any] = json.loads((FOLDER / "peers_h200.json").read_text())
 """What public kernels took on an H200."""
 CAPACITY, CLAMP = 8192, 10.0
 """The peers' own."""
-SMS, FEW_TOKENS = 132, 64
+SMS, FEW_TOKENS = CHIPS["H200"].sms, 64
 """Of an H200, whose sweep is measured; T up to which every one is looked at for a change of the schedule."""
 SIZES = ("hidden", "intermediate", "experts", "topk")
 """What makes a shape; experts are those of the measured rank."""
