@@ -8,20 +8,32 @@ constexpr u32 kPart = 8;    // columns that a lane reads at a time: 16 bytes
 constexpr u32 kParts = 2;   // as often, 256 columns apart
 constexpr u32 kAhead = 8;   // slots whose loads are under way together
 
-// A warp takes 512 columns of a token; the warps of all blocks take them in turn. The next one's slots are looked up while
-// this one's rows are on their way.
-__device__ __forceinline__ void combine(const layout::Rank& r) {
+// A warp takes 512 columns of a token, a unit; the warps of all blocks take them in turn. The slots of the next one are looked
+// up while rows are on their way, those of the first one before the rows are there.
+struct Units {
+    const layout::Rank& r;
+    u32 columns, parts;
+    u64 end, step, unit;
+    long long expert;  // of this lane's slot of `unit`
+
+    __device__ __forceinline__ explicit Units(const layout::Rank& rank)
+        : r(rank), columns(32 * kPart * kParts), parts((r.p.shape.hidden + columns - 1) / columns),
+          end(static_cast<u64>(r.own.tokens) * parts), step(blockDim.x / 32 * r.blocks),
+          unit(threadIdx.x / 32 * r.blocks + r.block), expert(expert_of(unit)) {}
+
+    __device__ __forceinline__ long long expert_of(u64 some) const {
+        const u32 lane = threadIdx.x % 32;
+        if (some >= end || lane >= r.p.shape.topk) return -1;
+        return r.mine<long long>(r.p.layout.topk_idx)[some / parts * r.p.shape.topk + lane];
+    }
+};
+
+__device__ __forceinline__ void combine(const layout::Rank& r, Units& units) {
     const Shape& s = r.p.shape;
-    const u32 lane = threadIdx.x % 32, columns = 32 * kPart * kParts, parts = (s.hidden + columns - 1) / columns;
-    const u64 units = static_cast<u64>(r.own.tokens) * parts, step = blockDim.x / 32 * r.blocks;
-    const long long* topk_idx = r.mine<long long>(r.p.layout.topk_idx);
-    const auto expert_of = [&](u64 unit) {
-        return unit < units && lane < s.topk ? topk_idx[unit / parts * s.topk + lane] : -1;
-    };
-    u64 unit = threadIdx.x / 32 * r.blocks + r.block;
-    for (long long expert = expert_of(unit); unit < units; unit += step) {
+    const u32 lane = threadIdx.x % 32, columns = units.columns, parts = units.parts;
+    for (u64& unit = units.unit; unit < units.end; unit += units.step) {
         const u32 token = static_cast<u32>(unit / parts), first_column = static_cast<u32>(unit % parts) * columns + lane * kPart;
-        const u32 slots = __ballot_sync(0xFFFFFFFFu, r.active(expert));
+        const u32 slots = __ballot_sync(0xFFFFFFFFu, r.active(units.expert));
         bool inside[kParts];
         float sum[kParts][kPart] = {};
 #pragma unroll
@@ -36,7 +48,7 @@ __device__ __forceinline__ void combine(const layout::Rank& r) {
                 for (u32 i = 0; i < kParts; ++i)
                     if (inside[i]) eight[k][i] = ptx::load_volatile(reinterpret_cast<const uint4*>(row + i * 32 * kPart));
             }
-            if (first == 0) expert = expert_of(unit + step);
+            if (first == 0) units.expert = units.expert_of(unit + units.step);
 #pragma unroll
             for (u32 k = 0; k < kAhead; ++k) {
                 if (!(slots >> (first + k) & 1)) continue;

@@ -15,6 +15,8 @@ TURN_N = 128
 """`kTurnN` of gemm.cuh: weight rows of a half tile, and of one chain of a math warpgroup."""
 DISPATCH_WARPS, TRANSIT_BYTES = 2, 4096
 """`kDispatchWarps` of storage.cuh and `kChunk` of dispatch.cuh."""
+FEW_SLOTS = 1024
+"""`kFewSlots` of dispatch.cuh: slots, empty ones included, up to which the blocks of a rank alone do not meet first."""
 BOX_ROWS = 32
 """Activation rows of one TMA box: a part-filled block loads only the boxes that hold rows."""
 TASKS = 8
@@ -59,7 +61,8 @@ def ring_bytes() -> int:
 
 def shared_bytes() -> int:
     """sizeof(SharedStorage) of storage.cuh: the ring, the plan, rows in transit."""
-    tasks = aligned(ring_bytes() + 4 * (3 * MAX_EXPERTS + 2) + TASKS * 6 * 4, 8) + (3 + TASKS) * 8
+    plan = 4 * (3 * MAX_EXPERTS + 2) + 2 * FEW_SLOTS
+    tasks = aligned(ring_bytes() + plan + TASKS * 6 * 4, 8) + (3 + TASKS) * 8
     return aligned(aligned(tasks, 128) + DISPATCH_WARPS * aligned(TRANSIT_BYTES + 8, 128))
 
 
@@ -123,7 +126,7 @@ class Problem:
         """(name -> byte offset of each field of `Layout` in params.cuh, total bytes)."""
         t, k, h, i = self.capacity, self.topk, self.hidden, self.intermediate
         rows, ring = self.pool_rows, self.ring_rows
-        workspace = 4 * (4 + MAX_EXPERTS + 3 * self.pool_blocks)
+        workspace = 4 * (3 + MAX_EXPERTS + 3 * self.pool_blocks)
         sizes = {
             "x": t * h,
             "x_sf": 4 * t * (h // 128),

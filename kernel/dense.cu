@@ -71,6 +71,8 @@ __device__ __forceinline__ void dense(const DenseParams& p) {
             gemm::multiply<false, kGroup>(
                 sum, ring, place, share, blocks, [](u64* full, u32 parity) { return gemm::wait(full, parity), true; },
                 [&](float (&w_sf)[2], u32 b) { w_sf[0] = __ldg(b_sf + b), w_sf[1] = __ldg(b_sf + second + b); });
+            // A pair of floats is stored from an even register and the next, as accumulators stand in. Sums that stood so too
+            // would be read from the same bank as their accumulators: 2 % in the main loop.
 #pragma unroll
             for (u32 turn = 0; turn < 2; ++turn) {
                 if (turn >= share.turns) break;
@@ -79,7 +81,7 @@ __device__ __forceinline__ void dense(const DenseParams& p) {
 #pragma unroll
                 for (u32 i = 0; i < gemm::kSums; i += 2) {
                     float2* target = reinterpret_cast<float2*>(d + static_cast<u64>(i / 2 % 2 * 8) * p.n + i / 4 * 8);
-                    *target = make_float2(sum[turn][i], sum[turn][i + 1]);
+                    *target = make_float2(ptx::in_any_register(sum[turn][i]), ptx::in_any_register(sum[turn][i + 1]));
                 }
             }
         }

@@ -128,10 +128,10 @@ __device__ __forceinline__ bool multiply_turns(float (&sum)[2][kSums], Ring& rin
     weights(now.w_sf, 0);
     if (!wait(&ring.full[place.index], place.parity)) return false;
     load(now);
-    u64* used = nullptr;  // `empty` of the stage before, to be released
+    u32 used = kStages;  // the stage before, to be released; kStages: none
     bool going = true;
     for (u32 b = 0; b < blocks; ++b) {
-        u64* empty = &ring.empty[place.index];
+        const u32 stage = place.index;
 #pragma unroll
         for (u32 turn = 0; turn < kTurns; ++turn) {
 #pragma unroll
@@ -140,8 +140,8 @@ __device__ __forceinline__ bool multiply_turns(float (&sum)[2][kSums], Ring& rin
                 float scale[2][2];
                 scale_factors(scale, now.a_sf[g], now.w_sf[kInterleaved ? 0 : turn], now.w_sf[kInterleaved ? 1 : turn]);
                 if (turn == 0 && g == 0) {
-                    if (used) release(used);
-                    used = empty;
+                    if (used != kStages) release(&ring.empty[used]);
+                    used = stage;
                     if (b + 1 < blocks) weights(next.w_sf, b + 1);
                 }
                 if (turn == kTurns - 1 && g == kGroups - 1) {
@@ -158,7 +158,7 @@ __device__ __forceinline__ bool multiply_turns(float (&sum)[2][kSums], Ring& rin
         if (!going) return false;
         now = next;
     }
-    release(used);
+    release(&ring.empty[used]);
     return true;
 }
 

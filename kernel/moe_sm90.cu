@@ -29,13 +29,17 @@ __device__ __forceinline__ void moe(const Params& p) {
         for (u64& finished : s.finished) ptx::mbarrier_init(&finished, gemm::kMathWarps);
         for (dispatch::Transit& transit : s.transit) ptx::mbarrier_init(&transit.arrived, 1);
         ptx::fence_mbarrier_init();
+        ptx::prefetch_tensor_map(r.own.l1_acts), ptx::prefetch_tensor_map(r.own.l2_acts);
     }
 
     phase::mark(p, phase::kPhases);
-    static_assert(sizeof(u32) * kMaxExperts <= dispatch::kChunk);
-    dispatch::announce(r, reinterpret_cast<u32*>(s.transit[0].chunk));
-    ptx::fence_proxy_async();  // bulk copies write there next
-    if (!barrier::meet(r, [&] { dispatch::publish(r); })) return;
+    if (dispatch::is_alone(r)) {
+        if (!dispatch::count_alone(r, s.expert_of_entry, s.plan.rows)) return;
+    } else {
+        dispatch::announce(r, s.plan.rows);
+        if (!barrier::meet(r, [&] { dispatch::publish(r); })) return;
+        scheduler::receive(r, s.plan);
+    }
     scheduler::make_plan(r, s.plan);
     stats::accumulate(r, s.plan);
     phase::mark(p, phase::kPrologue);
@@ -50,7 +54,7 @@ __device__ __forceinline__ void moe(const Params& p) {
         ptx::fewer_registers<56>();
         if (threadIdx.x == 0) producer::producer_role(r, s);
         else if (const u32 warp = threadIdx.x / 32; warp >= 1 && warp <= kDispatchWarps)
-            dispatch::pull(r, s.plan, s.transit[warp - 1], warp - 1, kDispatchWarps);
+            dispatch::pull(r, s.plan, s.expert_of_entry, s.transit[warp - 1], warp - 1, kDispatchWarps);
         else if (threadIdx.x == 96) producer::scout_role(r, s);
     }
     __syncwarp();  // producer and scout are one lane of their warps
@@ -59,9 +63,10 @@ __device__ __forceinline__ void moe(const Params& p) {
     else ptx::more_registers<168>();
 
     phase::mark(p, phase::kWait);
-    if (!barrier::meet(r, [] {})) return;
+    combine::Units units(r);
+    if (!(p.shape.ranks == 1 ? barrier::meet_alone(r) : barrier::meet(r, [] {}))) return;
     phase::mark(p, phase::kMeet);
-    combine::combine(r);
+    combine::combine(r, units);
     phase::mark(p, phase::kCombine);
     clean(r);
 }

@@ -23,9 +23,9 @@ struct Layout {
     u64 pool_source, pool_weight;                          // u32x2 (source rank, its slot row) and f32, by pool row
 };
 
-// Counters of one rank; all zero between launches, but for generation and rank_epoch, which only grow.
+// Counters of one rank; all zero between launches, but for rank_epoch, which only grows, and the upper bit of `arrived`.
 struct Workspace {
-    u32 arrived, generation, rank_epoch, tiles_taken;
+    u32 arrived, rank_epoch, tiles_taken;
     u32 send_count[kMaxExperts];
     // behind it, u32 [pool blocks] each: block_rows, block_l1_turns, block_l2_turns
 };

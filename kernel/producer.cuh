@@ -57,7 +57,7 @@ struct Reporter {
     // All tasks before number `end`. False: the launch has failed.
     __device__ __forceinline__ bool catch_up(u32 end) {
         while (static_cast<int>(end - reported) > 0) {
-            if (!wait_stage(r, finished(), parity())) return false;
+            if (!barrier::wait_in_time(r, finished(), parity(), reported, [] {})) return false;
             report();
         }
         return true;
@@ -78,7 +78,7 @@ __device__ __forceinline__ void scout_role(const layout::Rank& r, SharedStorage&
         if (task.rows == 0) return static_cast<void>(reporter.catch_up(i));
         if (!wait_operands(r, task, meanwhile)) return;
         ptx::mbarrier_arrive(&s.handover.ready);
-        if (!wait_stage(r, &s.handover.wanted, i & 1, meanwhile)) return;
+        if (!barrier::wait_in_time(r, &s.handover.wanted, i & 1, i, meanwhile)) return;
         tile = scheduler::next_tile(r);
     }
 }

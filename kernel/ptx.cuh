@@ -223,6 +223,11 @@ __device__ __forceinline__ void tma_load_2d(void* target, const TensorMap& map, 
         : "memory");
 }
 
+// The map to where TMA looks for it, so that the first box does not wait for it.
+__device__ __forceinline__ void prefetch_tensor_map(const TensorMap& map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
 // The line of an address to L1.
 __device__ __forceinline__ void prefetch_l1(const void* address) {
     asm volatile("prefetch.global.L1 [%0];" ::"l"(address) : "memory");
@@ -277,6 +282,12 @@ __device__ __forceinline__ void wgmma_wait() {
 // Pins a register around asynchronous wgmma: the compiler may neither move nor copy it across this line.
 __device__ __forceinline__ void pin(float& value) { asm volatile("" : "+f"(value)::"memory"); }
 __device__ __forceinline__ void pin(u32& value) { asm volatile("" : "+r"(value)::"memory"); }
+
+// The value in a register that need not be its own: what a vector store wants of the order of registers ends here.
+__device__ __forceinline__ float in_any_register(float value) {
+    asm volatile("prmt.b32 %0, %1, %1, 0x3210;" : "=f"(value) : "f"(value));
+    return value;
+}
 
 // Shared-memory matrix descriptor, K-major, no swizzle (PTX ISA 9.7.15.5.1.2): core matrices of 8 rows x 16 bytes, each
 // 128 bytes in a row. `k_stride`: bytes from one core matrix to the next along K (LBO), `row_stride`: along M or N (SBO).

@@ -29,8 +29,8 @@ struct Plan {
 
 __device__ __forceinline__ u32 blocks_of(u32 rows) { return (rows + kBlockM - 1) / kBlockM; }
 
-// A thread an expert, then one warp for the running sum; ends with all threads synchronised.
-__device__ __forceinline__ void make_plan(const layout::Rank& r, Plan& plan) {
+// The rows of each expert, from what the sources have told; a thread an expert.
+__device__ __forceinline__ void receive(const layout::Rank& r, Plan& plan) {
     const u32 experts = r.p.shape.experts_local, ranks = r.p.shape.ranks;
     for (u32 e = threadIdx.x; e < experts; e += blockDim.x) {
         u32 counts[kMaxRanks];
@@ -46,6 +46,11 @@ __device__ __forceinline__ void make_plan(const layout::Rank& r, Plan& plan) {
         plan.rows[e] = rows;
     }
     __syncthreads();
+}
+
+// The pool blocks of each expert, by the running sum of one warp; ends with all threads synchronised.
+__device__ __forceinline__ void make_plan(const layout::Rank& r, Plan& plan) {
+    const u32 experts = r.p.shape.experts_local;
     if (threadIdx.x < 32) {
         u32 before = 0;  // blocks of the experts before these 32
         for (u32 first = 0; first < experts; first += 32) {

@@ -24,6 +24,7 @@ struct Handover {
 struct SharedStorage {
     gemm::Ring ring;
     scheduler::Plan plan;
+    u16 expert_of_entry[dispatch::kFewSlots];  // of a rank alone
     scheduler::Task tasks[kTasks];
     Handover handover;
     u64 finished[kTasks];  // a phase of each for every kTasks tasks: all math warps have written what is theirs

@@ -16,6 +16,8 @@ COUNTERS = {
     3: "rows of a pool block",
     4: "L1 turns of a pool block",
     5: "L2 turns of a pool block",
+    6: "the copy of a row",
+    7: "tasks of its block",
 }
 """`Counter` of barrier.cuh, in words."""
 ROLES = {
@@ -24,13 +26,16 @@ ROLES = {
     3: "scout",
     4: "scout or dispatch",
     5: "scout",
+    6: "dispatch",
+    7: "scout",
 }
-"""Who waits for it: all at the meetings; for L1 turns the scout (GEMM 2) or dispatch (a free place in the ring)."""
+"""Who waits for it: all at the meetings; for L1 turns the scout (GEMM 2) or dispatch (a free place in the ring). Waiting
+for the tasks of its block the scout waits for all that producer and math warps wait for inside it."""
 
 
 def waited(status: Tensor) -> str | None:
     """What a `Status` of params.cuh says: who waited in vain and for what; None where nobody did."""
-    flag, rank, block, counter, expected, seen, *_ = status.tolist()
+    flag, rank, block, counter, expected, seen, *_ = (word & 0xFFFFFFFF for word in status.tolist())
     what, who = COUNTERS.get(counter, "nothing known"), ROLES.get(counter, "nobody known")
     return f"rank {rank}, block {block}, {who} waited for {what}: expected {expected}, saw {seen}" if flag else None
 

@@ -12,16 +12,16 @@ from dataclasses import dataclass
 
 Steps = Generator[None, None, None]
 U32 = 1 << 32
+FLIP = 1 << 31
+"""The bit of `arrived` that a meeting alone flips."""
 
 
 @dataclass
 class Counters:
-    """Of one rank, u32 each: `Workspace` of kernel/params.cuh and the rank counter. Only `arrived` is ever reset."""
+    """Of one rank, u32 each: `Workspace` of kernel/params.cuh and the rank counter."""
 
     arrived: int = 0
-    """Blocks of the rank in the meeting under way; 0 between meetings."""
-    generation: int = 0
-    """Meetings that this rank's blocks have left."""
+    """Blocks of the rank in the meeting under way; between meetings 0 or, after one alone, FLIP."""
     rank_epoch: int = 0
     """Meetings that this rank has announced to the others."""
     rank_counter: int = 0
@@ -40,33 +40,28 @@ def spin(done: Callable[[], bool]) -> Steps:
         yield
 
 
-def meet_rank(own: Counters, blocks: int, last: Callable[[], Steps]) -> Steps:
-    """One of a rank's `blocks` blocks meets the others; the one that arrives last does `last` before anyone leaves."""
-    yield
-    before = own.generation
-    yield
-    own.arrived += 1  # read, compared and written as one step: it is an atomic
-    if own.arrived < blocks:
-        yield from spin(lambda: own.generation != before)
-        return
-    yield from last()
-    yield
-    own.arrived = 0  # before the others may leave, and arrive again
-    yield
-    own.generation = (before + 1) % U32
-
-
 def meet(ranks: Sequence[Counters], rank: int, blocks: int, publish: Callable[[], Steps]) -> Steps:
     """A block of `rank` meets all blocks of all ranks; the last of a rank does `publish`, then speaks for its rank."""
     own = ranks[rank]
-
-    def speak() -> Steps:
+    yield
+    expected = len(ranks) * (own.rank_epoch + 1) % U32
+    yield
+    own.arrived = (own.arrived + 1) % U32  # read, compared and written as one step: it is an atomic
+    if own.arrived % FLIP == blocks:
         yield from publish()
-        expected = len(ranks) * (own.rank_epoch + 1) % U32
+        yield
+        own.arrived = 0  # before the others may leave, and arrive again
+        yield
         own.rank_epoch = (own.rank_epoch + 1) % U32
         for peer in ranks:
             yield
             peer.rank_counter = (peer.rank_counter + 1) % U32
-        yield from spin(lambda: reached(own.rank_counter, expected))
+    yield from spin(lambda: reached(own.rank_counter, expected))
 
-    yield from meet_rank(own, blocks, speak)
+
+def meet_alone(own: Counters, block: int, blocks: int) -> Steps:
+    """A block of the only rank meets the others, with nothing to publish: all together add FLIP to `arrived`."""
+    yield
+    before = own.arrived
+    own.arrived = (before + (FLIP - (blocks - 1) if block == 0 else 1)) % U32
+    yield from spin(lambda: bool((own.arrived ^ before) & FLIP))

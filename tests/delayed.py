@@ -1,4 +1,4 @@
-"""Builds of the kernel in which one role is late: the sources as they are, with a wait at the head of one function.
+"""Builds of the kernel in which one role is late, or waits for what never comes: the sources but for one place.
 
 The shipped sources have no switch for it. Whatever a role does too early, because another one is usually fast enough,
 shows as a wrong bit or as a timeout in one of these. `python -m tests.delayed` compiles them all ahead of the tests.
@@ -35,12 +35,42 @@ class Delay:
     def id(self) -> str:
         return "-".join(filter(None, (self.function, self.note, f"{self.microseconds}us")))
 
+    def change(self, text: str) -> str:
+        """The sources with the wait in them."""
+        head = rf"\b(?:void|bool) {self.function}\([^;{{}}]*\) \{{"
+        found = len(re.findall(head, text))
+        assert found == 1, f"{found} functions are called {self.function}; one has to be"
+        now = "static_cast<u32>(ptx::global_timer())"  # 4 s are enough, and the roles have no register to spare
+        wait = f" if ({self.where}) {{ const u32 late = {now}; while ({now} - late < {self.microseconds}000u) {{}} }}"
+        return re.sub(head, lambda match: match[0] + wait, text)
+
+
+@dataclass(frozen=True)
+class Lost:
+    """An mbarrier that expects more bytes than come; spins on counters have no limit, so who waits for it has to speak."""
+
+    id: str
+    bytes: str
+    """Where the sources say how many."""
+    says: str
+    """Who waits for what."""
+
+    def change(self, text: str) -> str:
+        """The sources with 16 bytes more there."""
+        more, unlimited = (
+            self.bytes.replace("bytes)", "bytes + 16)"),
+            "ptx::global_timer() - start > r.p.timeout_ns) return",
+        )
+        assert text.count(self.bytes) == text.count(unlimited) == 1
+        return text.replace(self.bytes, more).replace(unlimited, "false) return")
+
 
 DELAYS = (
     Delay("pull", 200),
     Delay("producer_role", 100),
     Delay("math_role", 100),
     Delay("announce", 100),
+    Delay("count_alone", 100),
     Delay("combine", 200),
     Delay("publish", 200, "r.rank % 2 == 1", "odd_ranks"),
     Delay("math_role", 50, "threadIdx.x >= 256", "one_warpgroup"),
@@ -57,43 +87,37 @@ DELAYS = (
 )
 STUCK = Delay("pull", 2_000_000, "blockIdx.x == 0", "first_block")
 """So late that whoever waits for it has to give up."""
+LOST = (
+    Lost("row", "&transit.arrived, bytes)", "dispatch waited for the copy of a row"),
+    Lost("stage", "&ring.full[at.index], bytes)", "scout waited for tasks of its block"),
+)
+Change = Delay | Lost
 
 
-def source(delay: Delay) -> str:
-    """The kernel's sources, joined, with the wait in them."""
-    text = build.joined(api.SOURCES)
-    head = rf"\b(?:void|bool) {delay.function}\([^;{{}}]*\) \{{"
-    found = len(re.findall(head, text))
-    assert found == 1, f"{found} functions are called {delay.function}; one has to be"
-    now = "static_cast<u32>(ptx::global_timer())"  # 4 s are enough, and the roles have no register to spare
-    wait = f" if ({delay.where}) {{ const u32 late = {now}; while ({now} - late < {delay.microseconds}000u) {{}} }}"
-    return re.sub(head, lambda match: match[0] + wait, text)
-
-
-def compile_delayed(delay: Delay, granularity: int = GROUP) -> build.Built:
+def compile_changed(change: Change, granularity: int = GROUP) -> build.Built:
     """The gated cubin of a granularity. `api.compile_moe` makes it, so that all but the text is the kernel's own."""
 
-    def build_late(_: object, *args: Any, **options: Any) -> build.Built:
-        return build.build_text(source(delay), *args, **options)
+    def build_changed(_: object, *args: Any, **options: Any) -> build.Built:
+        return build.build_text(change.change(build.joined(api.SOURCES)), *args, **options)
 
-    with mock.patch.object(build, "build", build_late):
+    with mock.patch.object(build, "build", build_changed):
         return api.compile_moe(granularity)
 
 
 @functools.cache
-def library(delay: Delay, granularity: int) -> Library:
-    """With the delay given, what a test puts in the place of `api._library`; needs a GPU."""
-    return Library(compile_delayed(delay, granularity).cubin)
+def library(change: Change, granularity: int) -> Library:
+    """With the change given, what a test puts in the place of `api._library`; needs a GPU."""
+    return Library(compile_changed(change, granularity).cubin)
 
 
 def main() -> None:
     """Compiles every build, side by side, into the cache that the tests read."""
-    builds = [(delay, granularity) for granularity in GRANULARITIES for delay in (*DELAYS, STUCK)]
+    builds = [(change, granularity) for granularity in GRANULARITIES for change in (*DELAYS, STUCK, *LOST)]
     with ProcessPoolExecutor() as pool:
-        for (delay, granularity), built in zip(
-            builds, pool.map(compile_delayed, *zip(*builds, strict=True)), strict=True
+        for (change, granularity), built in zip(
+            builds, pool.map(compile_changed, *zip(*builds, strict=True)), strict=True
         ):
-            print(f"{delay.id}, g{granularity}: {built.sha256[:16]}{' (cached)' if built.cached else ''}")
+            print(f"{change.id}, g{granularity}: {built.sha256[:16]}{' (cached)' if built.cached else ''}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reference import barrier
-from reference.barrier import U32, Counters, Steps
+from reference.barrier import FLIP, U32, Counters, Steps
 
 ORDER = st.lists(st.tuples(st.integers(0, 11), st.integers(1, 5) | st.just(40)), max_size=60)
 """(block, steps that it runs alone), and so on; afterwards all blocks take turns."""
@@ -26,7 +26,7 @@ class Hang(AssertionError):
 
 def run(ranks: int, blocks: int, meetings: int, order: list[tuple[int, int]], before: int = 0) -> list[Counters]:
     """`meetings` in a row of all blocks of all ranks, the first after `before` others. Raises Early or Hang."""
-    counters = [Counters(0, before % U32, before % U32, ranks * before % U32) for _ in range(ranks)]
+    counters = [Counters(0, before % U32, ranks * before % U32) for _ in range(ranks)]
     arrived = [[0] * blocks for _ in range(ranks)]
     published = [0] * ranks
 
@@ -44,7 +44,15 @@ def run(ranks: int, blocks: int, meetings: int, order: list[tuple[int, int]], be
             if min(map(min, arrived)) < meeting or min(published) < meeting:
                 raise Early(f"block {block} of rank {rank} leaves meeting {meeting}: {arrived}, {published}")
 
-    running: list[Steps | None] = [work(rank, block) for rank in range(ranks) for block in range(blocks)]
+    # In one round of turns everybody takes a step; a meeting takes fewer than this many for its longest chain.
+    take_turns(
+        [work(r, block) for r in range(ranks) for block in range(blocks)], order, meetings * (ranks + 12), counters
+    )
+    return counters
+
+
+def take_turns(running: list[Steps | None], order: list[tuple[int, int]], rounds: int, shown: object) -> None:
+    """As `order` says, then all in turn, `rounds` times. Raises Hang, showing `shown`, if somebody is not done."""
 
     def step(index: int) -> None:
         if (steps := running[index]) is not None and next(steps, True):  # a pause yields None
@@ -53,20 +61,18 @@ def run(ranks: int, blocks: int, meetings: int, order: list[tuple[int, int]], be
     for index, steps in order:
         for _ in range(steps):
             step(index % len(running))
-    # In one round of turns everybody takes a step; a meeting takes fewer than this many for its longest chain.
-    for _ in range(meetings * (ranks + 12)):
+    for _ in range(rounds):
         for index in range(len(running)):
             step(index)
     if any(running):
-        raise Hang(f"{counters}")
-    return counters
+        raise Hang(f"{shown}")
 
 
 @given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 5), ORDER)
 def test_meetings_in_a_row_need_no_cleaning(
     ranks: int, blocks: int, meetings: int, order: list[tuple[int, int]]
 ) -> None:
-    assert run(ranks, blocks, meetings, order) == [Counters(0, meetings, meetings, ranks * meetings)] * ranks
+    assert run(ranks, blocks, meetings, order) == [Counters(0, meetings, ranks * meetings)] * ranks
 
 
 @pytest.mark.parametrize("ranks, blocks", [(1, 2), (1, 3), (2, 1), (2, 2)])
@@ -86,7 +92,7 @@ def test_counters_may_wrap_around(
     """The rank counter wraps every 2^32 / ranks meetings, the others every 2^32."""
     before = max(0, U32 * wraps // ranks - early)
     after = before + 4
-    expected = Counters(0, after % U32, after % U32, ranks * after % U32)
+    expected = Counters(0, after % U32, ranks * after % U32)
     assert run(ranks, blocks, 4, order, before) == [expected] * ranks
 
 
@@ -132,4 +138,62 @@ def test_a_block_that_stays_away_keeps_everyone() -> None:
         for steps in present:
             next(steps)
     assert left == []
-    assert [own.arrived for own in counters] == [2, 2, 1]
+    assert [own.arrived for own in counters] == [0, 0, 1]
+    assert [own.rank_counter for own in counters] == [2, 2, 2]
+
+
+# --- a rank alone -----------------------------------------------------------------------------------------------------
+
+
+def run_alone(blocks: int, meetings: int, order: list[tuple[int, int]], mixed: bool = False) -> Counters:
+    """`meetings` of the blocks of one rank; mixed: every other one is the kind that publishes. Raises Early or Hang."""
+    own = Counters()
+    arrived = [0] * blocks
+
+    def nothing() -> Steps:
+        yield
+
+    def work(block: int) -> Steps:
+        for meeting in range(1, meetings + 1):
+            yield
+            arrived[block] = meeting
+            alone = meeting % 2 or not mixed
+            yield from barrier.meet_alone(own, block, blocks) if alone else barrier.meet([own], 0, blocks, nothing)
+            if min(arrived) < meeting:
+                raise Early(f"block {block} leaves meeting {meeting}: {arrived}")
+
+    take_turns([work(block) for block in range(blocks)], order, meetings * 13, own)
+    return own
+
+
+@given(st.integers(1, 5), st.integers(1, 5), st.booleans(), ORDER)
+def test_a_rank_alone_meets_itself(blocks: int, meetings: int, mixed: bool, order: list[tuple[int, int]]) -> None:
+    """Also between meetings of the other kind, which leave `arrived` at 0 whatever it was."""
+    own = run_alone(blocks, meetings, order, mixed)
+    published = meetings // 2 if mixed else 0
+    assert (own.rank_epoch, own.rank_counter) == (published, published)
+    assert own.arrived == FLIP * (meetings % 2)
+
+
+def test_every_pair_of_interruptions_of_a_rank_alone() -> None:
+    for first, second, third in product(range(3), repeat=3):
+        if first != second != third:
+            for i, j in product(range(1, 9), repeat=2):
+                run_alone(3, 3, [(first, i), (second, j), (third, 40)])
+
+
+@pytest.mark.parametrize(("wrong", "found"), [(lambda blocks: FLIP - blocks, Hang), (lambda blocks: FLIP, Early)])
+def test_a_wrong_part_of_the_first_block_is_found(
+    wrong: Callable[[int], int], found: type[AssertionError], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the first block adds has to be what the others lack of the flip."""
+
+    def meet(own: Counters, block: int, blocks: int) -> Steps:
+        yield
+        before = own.arrived
+        own.arrived = (before + (wrong(blocks) if block == 0 else 1)) % U32
+        yield from barrier.spin(lambda: bool((own.arrived ^ before) & FLIP))
+
+    monkeypatch.setattr(barrier, "meet_alone", meet)
+    with pytest.raises(found):
+        run_alone(3, 2, [])

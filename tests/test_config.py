@@ -30,6 +30,7 @@ def test_shared_memory_fits_a_block() -> None:
         ("scheduler.cuh", "kBoxRows", config.BOX_ROWS),
         ("scheduler.cuh", "kGroupBlocks", config.GROUP_BLOCKS),
         ("dispatch.cuh", "kChunk", config.TRANSIT_BYTES),
+        ("dispatch.cuh", "kFewSlots", config.FEW_SLOTS),
         ("storage.cuh", "kDispatchWarps", config.DISPATCH_WARPS),
         ("storage.cuh", "kTasks", config.TASKS),
         ("gemm.cuh", "kMathWarps", (config.THREADS - 128) // 32),

@@ -17,7 +17,7 @@ from kernel.adapters import Prepared
 from kernel.adapters.emulated import EmulatedAdapter
 from quant.recipe import Recipe, Shape
 from reference.layer import LayerResult
-from tests import exact, problems
+from tests import delayed, exact, problems
 from tests.cases import SMOKE, Case
 from tests.kernel_proof import Convicted, Proof, prove
 from tests.redzones import GuardedEmulatedAdapter
@@ -68,9 +68,10 @@ def narrow(experts: int, tokens: tuple[int, ...], topk: int = 2, **recipe: objec
         (narrow(60, (130,), activation_granularity=128), 48),
         (narrow(6, (0, 9, 70), topk=3, silu="precise", clamp=None, activation_granularity=128), None),
         (narrow(2, (150,)), None),
+        (narrow(2, (520,)), None),
         (narrow(6, (0, 9, 70), topk=3, silu="precise", clamp=None), None),
     ],
-    ids=["recycled", "full", "ranks", "per128", "per128_recycled", "per128_uneven", "rows", "uneven"],
+    ids=["recycled", "full", "ranks", "per128", "per128_recycled", "per128_uneven", "rows", "announced", "uneven"],
 )
 def test_no_interleaving_changes_a_bit(case: Case, ring: int | None, seed: int) -> None:
     proof(case, ring, seed=seed, blocks=1 + seed % 3)
@@ -107,6 +108,13 @@ def test_a_role_that_waits_in_vain_says_so() -> None:
         proof(narrow(2, (3,)), change=nobody_pulls, timeout_steps=200_000)
 
 
+@pytest.mark.parametrize("lost", delayed.LOST, ids=lambda lost: lost.id)
+def test_who_waits_for_a_copy_that_does_not_come_says_so(lost: delayed.Lost) -> None:
+    deep = Shape("deep", hidden=1536, intermediate=128, experts=2, topk=2)  # more stages than the ring has
+    with pytest.raises(emulator.EmulationError, match=lost.says):
+        proof(Case(deep, (3,)), change=lost.change, timeout_steps=200_000, early=True)
+
+
 # --- faults -----------------------------------------------------------------------------------------------------------
 
 
@@ -140,6 +148,13 @@ class Fault:
 RACES = tuple(range(12))
 MEET = "    __syncthreads();\n    if (math)"
 RECYCLED = {"case": narrow(76, (190,)), "ring": 48, "seeds": (15, 7, 0, 3, 11, 19, 23)}
+GEMM_2_LATE = (
+    "    const u32 want = blocks",
+    """    if (task.l2 && r.block == 0)
+        for (const u64 late = ptx::global_timer(); ptx::global_timer() - late < 300'000'000;) {}
+    const u32 want = blocks""",
+)
+"""Operands of GEMM 2 are read late in one block: 300,000 steps."""
 ANY_STAGE = "l1_acts|l2_acts|slots|y|written"
 NO_END = "deadlock|no end|rank "
 FAULTS = (
@@ -159,16 +174,23 @@ FAULTS = (
     Fault("no-promotion", "acc[i], sum[i]);", "acc[i], acc[i]);", "l2_acts"),
     Fault("dirty-workspace", "if (first == 0) r.workspace().tiles_taken = 0;", "", ANY_STAGE),
     Fault("task-lost", "tile = scheduler::next_tile(r);", "tile = 1 + scheduler::next_tile(r);", NO_END),
-    Fault("parity", "&s.handover.wanted, i & 1, meanwhile)", "&s.handover.wanted, 0, meanwhile)", NO_END),
+    Fault("parity", "&s.handover.wanted, i & 1, i,", "&s.handover.wanted, 0, i,", NO_END),
     Fault("registers", "more_registers<224>", "more_registers<232>", "deadlock"),
     Fault("registers-back-early", MEET, "    if (math)", NO_END, narrow(2, (60,)), seeds=RACES),
-    Fault("stage-early", "if (used) release(used);\n                    used = empty;", "release(empty);", ANY_STAGE,
-          seeds=RACES, also=("        now = next;\n    }\n    release(used);", "        now = next;\n    }")),
+    Fault("stage-early", "if (used != kStages) release(&ring.empty[used]);\n                    used = stage;",
+          "release(&ring.empty[stage]);", ANY_STAGE,
+          seeds=RACES, also=("        now = next;\n    }\n    release(&ring.empty[used]);", "        now = next;\n    }")),
     Fault("rows-early", "kBlockRows, task.rows);", "kBlockRows, 1);", ANY_STAGE, narrow(2, (60,)), seeds=RACES),
     Fault("columns-early", "L1Turns, scheduler::l1_turns(r.p.shape));", "L1Turns, 1);", ANY_STAGE, seeds=RACES),
     Fault("ring-acts-early", "if (block < r.p.shape.ring_blocks) return true;", "return true;", ANY_STAGE, **RECYCLED),
-    Fault("ring-l2-early", "if (ready && task.block >= ring)", "if (false)", ANY_STAGE, **RECYCLED),
+    Fault("ring-l2-early", "if (ready && task.block >= ring)", "if (0)", ANY_STAGE, **RECYCLED, also=GEMM_2_LATE),
     Fault("finished-early", "&finished, gemm::kMathWarps)", "&finished, 1)", f"{ANY_STAGE}|{NO_END}", seeds=RACES),
+    Fault("other-rows-entry", "        index -= count;\n", "", "a routed row", narrow(2, (60,))),
+    Fault("other-experts-entry", "expert_of_entry[first + lane] == expert", "true", "a routed row", narrow(2, (60,))),
+    Fault("flip-early", "kFlip - (r.blocks - 1)", "kFlip", f"{ANY_STAGE}|{NO_END}", narrow(2, (60,)), seeds=RACES),
+    Fault("flip-late", "kFlip - (r.blocks - 1)", "kFlip - r.blocks", NO_END, narrow(2, (60,))),
+    Fault("last-by-count", "& ~kFlip) == r.blocks - 1", "& ~kFlip) == r.blocks - 2", f"{ANY_STAGE}|{NO_END}|a routed",
+          narrow(2, (520,)), seeds=RACES),
     Fault("report-lost", "return static_cast<void>(reporter.catch_up(i));", "return;", NO_END, narrow(2, (60,))),
     Fault("store-early", "ptx::bulk_store_wait();", "", ANY_STAGE, narrow(2, (60,)), seeds=RACES),
 )  # fmt: skip

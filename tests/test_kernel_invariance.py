@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernel import api
+from kernel import api, build
 from kernel.adapters import Prepared
 from kernel.config import BLOCK_M, GRANULARITIES, GROUP_BLOCKS, RING_BLOCKS, Problem, aligned
 from quant.recipe import SHAPES, Recipe, Shape
@@ -305,12 +305,12 @@ def test_nothing_else_is_written(sizes: tuple[int, ...], granularity: int, adapt
 )
 def test_a_build_with_a_late_role_passes_the_gate(delay: Delay, granularity: int) -> None:
     """Four of them without a GPU, for the time that they take; `python -m tests.delayed` builds them all."""
-    assert set(delayed.compile_delayed(delay, granularity).report.entries) == set(api.ENTRIES)
+    assert set(delayed.compile_changed(delay, granularity).report.entries) == set(api.ENTRIES)
 
 
 @pytest.mark.parametrize("delay", [*DELAYS, delayed.STUCK], ids=lambda delay: delay.id)
 def test_a_delay_is_one_more_statement_in_the_sources(delay: Delay) -> None:
-    text = delayed.source(delay)
+    text = delay.change(build.joined(api.SOURCES))
     assert text.count(f" - late < {delay.microseconds}000u)") == 1
 
 

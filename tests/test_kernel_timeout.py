@@ -11,7 +11,7 @@ import torch
 from kernel import api, symm
 from kernel.adapters import Prepared
 from kernel.adapters.megaproof import MegaproofAdapter
-from quant.recipe import SHAPES, Recipe
+from quant.recipe import SHAPES, Recipe, Shape
 from reference.layer import moe_layer
 from tests import delayed, inputs
 from tests.cases import Case
@@ -19,6 +19,36 @@ from tests.compare import same
 
 LIMIT_S = 0.2
 MESSAGE = r"rank (\d+), block (\d+), ([a-z ]+) waited for ([a-zA-Z0-9 ]+): expected (\d+), saw (\d+)"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [(40,), (4000,), (500,) * 8], ids=lambda tokens: f"r{len(tokens)}-t{tokens[0]}")
+@pytest.mark.parametrize("lost", delayed.LOST, ids=lambda lost: lost.id)
+def test_who_waits_for_a_copy_that_does_not_come_gives_up(
+    lost: delayed.Lost, tokens: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hardware has not been seen to lose one; a barrier that expects more bytes than come looks the same."""
+    deep = Shape("deep", hidden=1536, intermediate=256, experts=16, topk=2)  # more stages than the ring has
+    case = Case(deep, tokens)
+    made = inputs.make(case, "cuda")
+    prepared = Prepared(case, made, torch.device("cuda"))
+    adapter, library = MegaproofAdapter(), delayed.library(lost, 64)
+    adapter.prepare(prepared)
+    with monkeypatch.context() as patch:
+        patch.setattr(api, "TIMEOUT_S", LIMIT_S)
+        patch.setattr(api, "_library", lambda _: library)
+        start = time.perf_counter()
+        with pytest.raises(api.KernelTimeout, match=lost.says) as caught:
+            adapter.launch()
+    seconds = time.perf_counter() - start
+    print(f"after {seconds:.2f} s: {caught.value}")
+    assert LIMIT_S < seconds < 5
+    adapter.prepare(prepared)
+    adapter.launch()
+    wanted = moe_layer(case.recipe, *made.arguments(), experts=case.shape.experts)
+    for r in range(case.ranks):
+        same(f"y of rank {r}", wanted.y[r], adapter.y()[r])
+    adapter.close()
 
 
 @pytest.mark.gpu

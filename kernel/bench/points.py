@@ -118,24 +118,26 @@ def default_tokens(name: str, shape: Shape) -> list[int]:
     return sorted(powers | measured | set(sides(shape, config.THRESHOLDS)) | set(turns(shape)))
 
 
-def schedule(shape: Shape, tokens: int) -> tuple[int, bool, bool]:
-    """What the schedule of the folded routing depends on: GEMM 2's width, more than one group, a ring taken again."""
+def schedule(shape: Shape, tokens: int) -> tuple[int, bool, bool, bool]:
+    """What the schedule of the folded routing depends on: GEMM 2's width, more than one group, a ring taken again, and
+    whether the blocks meet before rows travel."""
     experts = shape.experts_per_rank(RANKS)
     counts = torch.bincount(ROUTINGS["folded"](tokens, experts, shape.topk, 0).flatten(), minlength=experts)
     blocks = int((-(-counts // config.BLOCK_M)).sum())
-    return l2_width(shape.hidden, blocks, SMS), blocks > config.GROUP_BLOCKS, blocks > config.RING_BLOCKS
+    met = tokens * shape.topk > config.FEW_SLOTS
+    return l2_width(shape.hidden, blocks, SMS), blocks > config.GROUP_BLOCKS, blocks > config.RING_BLOCKS, met
 
 
 @cache
 def turns(shape: Shape) -> tuple[int, ...]:
     """The last T before and the first T after each change of `schedule`, up to CAPACITY.
 
-    The width may go to and fro while blocks are few; then there is one change each to more groups and to a full ring.
+    The width may go to and fro while blocks are few; then more groups, a full ring and a meeting come once.
     """
     found, few = set(), [schedule(shape, t) for t in range(1, FEW_TOKENS + 1)]
     for t, (before, after) in enumerate(pairwise(few), 1):
         found |= {t, t + 1} if before != after else set()
-    for changed in (1, 2):
+    for changed in (1, 2, 3):
         low, high = FEW_TOKENS, CAPACITY
         if few[-1][changed] or not schedule(shape, high)[changed]:
             continue

@@ -72,7 +72,7 @@ def source(granularity: int = 64, change: Callable[[str], str] = unchanged) -> s
     kernel, dynamic = re.subn(
         r"extern __shared__ .*? u8 shared\[\];", "u8* shared = emu::machine->current->block->shared.get();", kernel
     )
-    assert (words, dynamic) == (1, 1), "shared variables of the kernel are not those that the emulator knows"
+    assert (words, dynamic) == (2, 1), "shared variables of the kernel are not those that the emulator knows"
     return "\n".join(
         [
             *(f"#define {name} {value}" for name, value in api.defines(granularity).items()),
@@ -92,12 +92,12 @@ def source(granularity: int = 64, change: Callable[[str], str] = unchanged) -> s
 RUN = """
 extern "C" const char* emulate(const Params* p, int fast, unsigned grid, unsigned threads, unsigned shared,
                                unsigned registers, unsigned seed, unsigned long long steps,
-                               const int* rcp, const int* ex2) {
+                               unsigned early, const int* rcp, const int* ex2) {
     static std::string said;
     emu::tables = {rcp, ex2};
     const emu::Kernel entry = fast ? [](const void* q) { moe_fast(*static_cast<const Params*>(q)); }
                                    : [](const void* q) { moe_precise(*static_cast<const Params*>(q)); };
-    said = emu::run(entry, p, grid, threads, shared, registers, seed, steps, &p->status->flag);
+    said = emu::run(entry, p, grid, threads, shared, registers, seed, steps, &p->status->flag, early);
     return said.c_str();
 }
 """
@@ -177,6 +177,8 @@ class Run:
     """How long a role waits, in steps of the scheduler."""
     most_steps: int = MOST_STEPS
     """In which the launch has to end."""
+    early: bool = False
+    """Whether a wait for an mbarrier may return before its phase has completed, as on the chip; no deadlock is seen then."""
 
 
 def launch(
@@ -203,6 +205,7 @@ def launch(
         ctypes.c_int(recipe.silu == "fast"),
         *map(ctypes.c_uint, (run.blocks * problem.ranks, THREADS, shared_bytes(), LAUNCH_REGISTERS, run.seed)),
         ctypes.c_ulonglong(run.most_steps),
+        ctypes.c_uint(run.early),
         *(table.ctypes.data_as(ctypes.c_void_p) for table in (rcp, ex2)),
     )
     if said:

@@ -51,6 +51,7 @@ struct Block {
     std::vector<Gate> barriers = std::vector<Gate>(16);
     uint32_t free_registers = 0;  // of the pool that the block was launched with
     Queue want_registers;
+    bool any = false;  // of __syncthreads_or
 };
 
 struct Fiber {
@@ -235,16 +236,22 @@ struct FaultHandler {
     }
 };
 
-// Where a role gave up, whoever waits for an mbarrier goes on to see it: try_wait may return early.
-inline bool drains() {
-    if (*machine->gave_up == 0) return false;
+// Whoever waits for an mbarrier looks once more.
+inline bool wake_all() {
     for (auto& [address, barrier] : machine->mbarriers) wake(barrier.waiting);
     return !machine->runnable.empty();
 }
 
+// Where nobody can go on, try_wait returns early: if a role gave up, so that the others see it, or if `early` says that it may.
+inline bool drains(bool early) {
+    if (*machine->gave_up == 0 && !early) return false;
+    machine->steps += 1;
+    return wake_all();
+}
+
 // Runs a grid to its end. Returns what went wrong, or "". gave_up: not 0 once a role has.
 inline std::string run(Kernel entry, const void* params, uint32_t grid, uint32_t threads, uint32_t shared, uint32_t registers,
-                       uint32_t seed, uint64_t most_steps, const uint32_t* gave_up) {
+                       uint32_t seed, uint64_t most_steps, const uint32_t* gave_up, bool early) {
     Machine own;
     const FaultHandler handler;
     machine = &own;
@@ -277,7 +284,8 @@ inline std::string run(Kernel entry, const void* params, uint32_t grid, uint32_t
     }
     const int reason = _setjmp(own.home);
     if (reason != 2) {
-        while (!own.runnable.empty() || !own.jobs.empty() || drains()) {
+        while (!own.runnable.empty() || !own.jobs.empty() || drains(early)) {
+            if (early && own.steps % 1024 == 0) wake_all();
             if (!own.jobs.empty() && (own.runnable.empty() || own.random() % own.job_share == 0)) {
                 const size_t chosen = own.random() % own.jobs.size();
                 Job job = std::move(own.jobs[chosen]);
@@ -366,6 +374,17 @@ inline void __syncthreads() {
     emu::meet(block.barriers[0], block.live, "__syncthreads");
 }
 
+inline int __syncthreads_or(int value) {
+    emu::Block& block = *emu::machine->current->block;
+    __syncthreads();  // nobody reads the sum of the time before any more
+    if (value) block.any = true;
+    __syncthreads();
+    const int any = block.any;
+    __syncthreads();
+    block.any = false;
+    return any;
+}
+
 inline void __syncwarp() { emu::meet(emu::warp().gate, 32, "__syncwarp"); }
 
 template <typename T>
@@ -382,6 +401,8 @@ inline T __shfl_up_sync(unsigned, T value, unsigned distance) {
     const unsigned lane = threadIdx.x % 32;
     return emu_shuffle(value, lane < distance ? lane : lane - distance, "__shfl_up_sync");
 }
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
 inline unsigned __ballot_sync(unsigned, bool predicate) {
     return emu::exchange(predicate, [](const unsigned* all) {
         unsigned bits = 0;

@@ -120,6 +120,7 @@ inline void tma_load_2d(void* target, const TensorMap& map, u64* barrier, int co
     emu::yield();
 }
 inline void prefetch_l1(const void*) {}
+inline void prefetch_tensor_map(const TensorMap&) {}
 inline void bulk_load(void* target, const void* source, u32 bytes, u64* barrier) {
     emu::machine->jobs.push_back([=] {
         memcpy(target, source, bytes);

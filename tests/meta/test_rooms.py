@@ -24,7 +24,7 @@ SHARED = {
     "swiglu": {"activate"},
     "scatter": {"to_slot"},
     "combine": {"combine"},
-    "barrier": {"spin", "meet_rank", "meet"},
+    "barrier": {"spin", "meet", "meet_alone"},
     "stats": {"accumulate"},
 }
 """Names that mean the same in both wings."""
