@@ -25,7 +25,7 @@ from tests.inputs import Inputs
 GUARD = 0xA5
 ROWS, COUNTS = 16, 64
 """Rows of y, and statistics, that are guards on either side."""
-HEADER = 4 * (4 + MAX_EXPERTS)
+HEADER = 4 * (3 + MAX_EXPERTS)
 """Bytes of `Workspace` in params.cuh before the counters of the pool blocks."""
 
 

@@ -89,6 +89,8 @@ def source(granularity: int = 64, change: Callable[[str], str] = unchanged) -> s
     )
 
 
+FLAGS = ("-std=c++20", "-O1", "-U_FORTIFY_SOURCE", "-ffp-contract=off", "-fno-strict-aliasing", "-shared", "-fPIC")
+"""Fortified, as some systems have it by default, longjmp from fiber to fiber would abort."""
 RUN = """
 extern "C" const char* emulate(const Params* p, int fast, unsigned grid, unsigned threads, unsigned shared,
                                unsigned registers, unsigned seed, unsigned long long steps,
@@ -105,20 +107,13 @@ extern "C" const char* emulate(const Params* p, int fast, unsigned grid, unsigne
 
 @functools.cache
 def library(text: str) -> ctypes.CDLL:
-    """The compiled translation unit; kept in the cubin cache's folder by the digest of its text."""
+    """The compiled translation unit; kept in the cubin cache's folder by the digest of compiler, flags and text."""
     folder = build.cache_folder()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    path = folder / f"emulated-{hashlib.sha256(text.encode()).hexdigest()[:32]}.so"
+    command = [str(compiler()), *FLAGS]
+    digest = hashlib.sha256("\n".join([*command, text]).encode()).hexdigest()
+    path = folder / f"emulated-{digest[:32]}.so"
     if not path.exists():
-        command = [
-            str(compiler()),
-            "-std=c++20",
-            "-O1",
-            "-ffp-contract=off",
-            "-fno-strict-aliasing",
-            "-shared",
-            "-fPIC",
-        ]
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             made = Path(scratch) / "emulated.so"
             (Path(scratch) / "emulated.cpp").write_text(text)
