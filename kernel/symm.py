@@ -29,8 +29,8 @@ ROLES = {
     6: "dispatch",
     7: "scout",
 }
-"""Who waits for it: all at the meetings; for L1 turns the scout (GEMM 2) or dispatch (a free place in the ring). Waiting
-for the tasks of its block the scout waits for all that producer and math warps wait for inside it."""
+"""Who waits for it: all at the meetings; for L1 turns the scout (GEMM 2) or dispatch (a free place in the ring).
+Waiting for the tasks of its block the scout waits for all that producer and math warps wait for inside it."""
 
 
 def waited(status: Tensor) -> str | None:

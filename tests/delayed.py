@@ -47,7 +47,7 @@ class Delay:
 
 @dataclass(frozen=True)
 class Lost:
-    """An mbarrier that expects more bytes than come; spins on counters have no limit, so who waits for it has to speak."""
+    """An mbarrier expects more bytes than come; spins on counters have no limit, so who waits for it has to speak."""
 
     id: str
     bytes: str

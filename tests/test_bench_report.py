@@ -69,6 +69,7 @@ class TestRender:
             "distinct": RUN | {"rows": [ROW | {"routing": "distinct", "us": 68.11, "ratio_best": 0.94}]},
             "sustained": RUN | {"rows": [ROW | {"regime": "sustained", "us": 63.65}]},
             "granularity_128": RUN | {"rows": [ROW | {"granularity": 128, "us": 72.74, "ratio_best": 1.126}]},
+            "baseline": RUN | {"baseline": "triton", "rows": [ROW | {"speedup": 2.346, "differing": 0}]},
         }
         text = report.render(found)
         assert "| distinct routing, us | 68.1 |" in text
@@ -77,6 +78,9 @@ class TestRender:
         assert "| scales per 128, us | 72.7 |" in text
         assert "| scales per 128, of the best | 1.13 |" in text
         assert "| scales per 128, of the grouped GEMMs alone | 1.41 |" in text
+        assert "| the unfused baseline, of our time | 2.3 |" in text
+        assert "GEMMs by triton" in text
+        assert "0 elements differ, at 1 points." in " ".join(text.split())
 
     def test_other_presets_are_folded_away(self) -> None:
         text = report.render({"sweep": sweep({"preset": "glm"}, {})})

@@ -34,7 +34,7 @@ SIZES: tuple[Size, ...] = (
     (8192, 6144, 7168),
     (4096, 7168, 4096),
 )
-"""Both GEMMs of dsv4_flash, at 8192 rows and at those of 8192 tokens; dsv4_pro's second; a cube; two more of DeepGEMM's."""
+"""Both GEMMs of dsv4_flash, at 8192 rows and at those of 8192 tokens; dsv4_pro's second; a cube; two of DeepGEMM's."""
 
 
 def what(repeats: int) -> str:

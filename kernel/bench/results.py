@@ -19,6 +19,7 @@ POINTS = {
     "distinct": ("distinct", REGIMES["flush"], GROUP),
     "sustained": ("folded", REGIMES["sustained"], GROUP),
     "granularity_128": ("folded", REGIMES["flush"], 128),
+    "baseline": ("folded", REGIMES["flush"], GROUP),
 }
 """Name of a result -> routing, regime and granularity of the rows that it is read for."""
 RUN = {"device", "driver", "versions", "date", "sources_sha256", "rows"}
@@ -26,11 +27,12 @@ RUN = {"device", "driver", "versions", "date", "sources_sha256", "rows"}
 POINT = {"preset", "T", "routing", "regime", "granularity", "us", "us_spread", "tflops", "hbm_gb_s", "share_floor"}
 POINT |= {"share_read", "share_compute", "grouped_gemms", "ratio_pr323", "ratio_pr383", "ratio_best"}
 COLUMNS = dict.fromkeys(POINTS, POINT) | {
+    "baseline": POINT | {"baseline_us", "speedup", "differing"},
     "dense": {"group", "m", "n", "k", "us", "tflops", "cublaslt_us", "cublaslt_tflops"},
     "phases": {"preset", "T", "routing", "us", "clock_mhz", "roles"},
 }
 """Every result that is known -> what its rows hold at least."""
-KEYS = {"sweep": {"what", "method", "regime"}, "dense": {"what"}}
+KEYS = {"sweep": {"what", "method", "regime"}, "dense": {"what"}, "baseline": {"baseline"}}
 """What is quoted of a result beside its rows."""
 Results = Mapping[str, Mapping[str, Any]]
 """Name of a file, without .json -> what is in it."""

@@ -33,6 +33,7 @@ LINES = (
     ("distinct routing, us", "distinct", "us"),
     ("distinct routing, of the best", "distinct", "ratio_best"),
     ("sustained, us", "sustained", "us"),
+    ("the unfused baseline, of our time", "baseline", "speedup"),
     ("scales per 128, us", "granularity_128", "us"),
     ("scales per 128, of the best", "granularity_128", "ratio_best"),
     ("scales per 128, of the grouped GEMMs alone", "granularity_128", "ratio_grouped"),
@@ -76,6 +77,9 @@ SM over the launch, so at least that. The sweep's clock, clock_mhz of its JSON, 
 PHASE_LINES = ("prologue", "wait", "operands", "l1", "l1 epilogue", "l2", "l2 epilogue", "meet", "combine")
 KEEPERS = ("math 0", "producer")
 """Roles whose phases are shown: of the first that keeps one."""
+BASELINE = """\
+The unfused baseline (kernel/baseline: GEMMs by {gemm}, Triton around them, one CUDA graph) was timed on the same card.
+Of y of its exact back end and of the fused kernel {differing} elements differ, at {points} points."""
 GRANULARITY = "Time with scales per 128 columns instead of 64 ({presets}): {parts}."
 LARGE_FROM, SMALL_TO = 512, 128
 """T from which the multiplies decide, and up to which the bytes of the weights do."""
@@ -96,6 +100,7 @@ def render(results: Results) -> str:
         parts.append(table if preset in OPEN else folded)
     parts.append(f"![Time and share of the floor against T, beside the public kernels](kernel/results/{PICTURE})")
     parts += [_paragraph(said)] if (said := _granularity(rows)) else []
+    parts += [_paragraph(said)] if (said := _baseline(results, rows["baseline"])) else []
     parts += [_paragraph(DENSE), _dense(rows["dense"])] if rows["dense"] else []
     if "phases" in results:
         parts += [_paragraph(PHASES.format(clock=CLOCK)), *_phases(results["phases"]["rows"])]
@@ -156,6 +161,15 @@ def _granularity(rows: Mapping[str, list[Row]]) -> str:
     parts += [f"at T <= {SMALL_TO} {_less(small)}"] if small else []
     presets = ", ".join(dict.fromkeys(row["preset"] for row in both))
     return GRANULARITY.format(presets=presets, parts=", ".join(parts)) if parts else ""
+
+
+def _baseline(results: Results, rows: list[Row]) -> str:
+    """Whose times the unfused baseline's are, and whether y was the same; nothing where y was not compared."""
+    compared = [row["differing"] for row in rows if row["differing"] is not None]
+    if not compared:
+        return ""
+    gemm = results["baseline"]["baseline"]
+    return BASELINE.format(gemm=gemm, differing=f"{sum(compared):,}", points=len(compared))
 
 
 def _less(percent: list[float]) -> str:

@@ -173,7 +173,7 @@ class Run:
     most_steps: int = MOST_STEPS
     """In which the launch has to end."""
     early: bool = False
-    """Whether a wait for an mbarrier may return before its phase has completed, as on the chip; no deadlock is seen then."""
+    """Whether a wait for an mbarrier may return before its phase ends, as on the chip; no deadlock is seen then."""
 
 
 def launch(
