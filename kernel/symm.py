@@ -143,7 +143,9 @@ class SymmBuffer:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         if said := waited(self.status):
-            self.status.zero_()
             for views in self._ranks:
                 views.storage[self.offsets["rank_counter"] : self.offsets["l1_acts"]].zero_()
+            self.status.zero_()  # last: a launch that comes between computes nothing either
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)  # the next launch may be on another stream
             raise KernelTimeout(said)

@@ -87,6 +87,8 @@ DELAYS = (
 )
 STUCK = Delay("pull", 2_000_000, "blockIdx.x == 0", "first_block")
 """So late that whoever waits for it has to give up."""
+ABSENT = Delay("count_alone", 2_000_000, "blockIdx.x == 1", "second_block")
+"""The same before rows travel, of a rank that is alone: its other blocks are at the end of the launch by then."""
 LOST = (
     Lost("row", "&transit.arrived, bytes)", "dispatch waited for the copy of a row"),
     Lost("stage", "&ring.full[at.index], bytes)", "scout waited for tasks of its block"),
@@ -112,7 +114,7 @@ def library(change: Change, granularity: int) -> Library:
 
 def main() -> None:
     """Compiles every build, side by side, into the cache that the tests read."""
-    builds = [(change, granularity) for granularity in GRANULARITIES for change in (*DELAYS, STUCK, *LOST)]
+    builds = [(change, granularity) for granularity in GRANULARITIES for change in (*DELAYS, STUCK, ABSENT, *LOST)]
     with ProcessPoolExecutor() as pool:
         for (change, granularity), built in zip(
             builds, pool.map(compile_changed, *zip(*builds, strict=True)), strict=True

@@ -7,18 +7,18 @@ import re
 
 import pytest
 from hypothesis import given
-from hypothesis import strategies as st
 
 from kernel import api, config
 from kernel.build import FOLDER
 from kernel.config import GROUP_BLOCKS, MAX_EXPERTS, MAX_RANKS, RING_BLOCKS, SHARED_LIMIT, ConfigError, Problem
 from quant.recipe import RECIPES, Recipe, RecipeError
+from tests.sizes import PROBLEMS
 
 GOOD = {"ranks": 8, "experts": 256, "topk": 6, "hidden": 4096, "intermediate": 2048, "capacity": 64}
 
 
 def test_shared_memory_fits_a_block() -> None:
-    assert (config.ring_bytes(), config.shared_bytes()) == (201_728, 217_088)
+    assert (config.ring_bytes(), config.shared_bytes()) == (201_728, 219_136)
     assert config.shared_bytes() + 1024 <= SHARED_LIMIT
 
 
@@ -62,30 +62,20 @@ def test_params_fit_the_argument_space() -> None:
     assert ctypes.sizeof(api.RankParams) == 320
 
 
-@given(
-    ranks=st.sampled_from([1, 2, 4, 8]),
-    local=st.integers(1, 64),
-    topk=st.integers(1, 32),
-    capacity=st.integers(1, 200_000),
-    hidden=st.integers(1, 56),
-    intermediate=st.integers(1, 24),
-    ring=st.none() | st.integers(2 * GROUP_BLOCKS, 500),
-)
-def test_fields_do_not_overlap(
-    ranks: int, local: int, topk: int, capacity: int, hidden: int, intermediate: int, ring: int | None
-) -> None:
-    problem = Problem(ranks, ranks * local, topk, 128 * hidden, 128 * intermediate, capacity, ring)
+@given(PROBLEMS)
+def test_fields_do_not_overlap(problem: Problem) -> None:
     offsets, total = problem.offsets()
-    rows, slots = problem.pool_rows, ranks * capacity * topk
+    local, slots = problem.experts_local, problem.ranks * problem.capacity * problem.topk
+    rows = problem.pool_rows
     most = local * min(slots, 1) + (slots - local) // 128 if slots >= local else slots
     assert problem.pool_blocks >= most, "one row of each expert, then whole blocks"
     assert problem.pool_blocks == rows // 128
-    assert problem.ring_blocks == min(problem.pool_blocks, ring or RING_BLOCKS)
+    assert problem.ring_blocks == min(problem.pool_blocks, problem.ring or RING_BLOCKS)
     assert problem.ring_rows == 128 * problem.ring_blocks
     starts = [*offsets.values(), total]
     assert starts == sorted(starts)
     assert all(start % 1024 == 0 for start in starts)
-    assert starts[1] - starts[0] >= capacity * problem.hidden
+    assert starts[1] - starts[0] >= problem.capacity * problem.hidden
     assert total - offsets["pool_weight"] >= 4 * rows
     assert offsets["l1_acts_sf"] - offsets["l1_acts"] >= problem.ring_rows * problem.hidden
     assert offsets["l2_acts"] - offsets["workspace"] >= 4 * 3 * problem.pool_blocks

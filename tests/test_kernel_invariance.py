@@ -207,9 +207,10 @@ def test_capacity_and_place_in_a_large_batch_change_nothing(
 def test_launches_of_several_sizes_on_one_buffer(
     ranks: int, granularity: int, adapter: GuardedAdapter, tally: Tally
 ) -> None:
-    case = case_of(SMOKE, (TOKENS,) * ranks, granularity)
+    """The blocks of a rank alone meet before rows travel from 257 tokens of four slots on: here in turn with fewer."""
+    case = case_of(SMOKE, (300 if ranks == 1 else TOKENS,) * ranks, granularity)
     made, wanted = problem(case)
-    for tokens in (129, 1, 64, 0, 129):
+    for tokens in (257, 129, 256, 300, 0, 1, 300, 257, 64) if ranks == 1 else (129, 1, 64, 0, 129):
         y, _ = run(adapter, case, chosen(made, [slice(tokens)] * ranks))
         assert_same(tally, "y", [rows[:tokens] for rows in wanted.y], y, f"{tokens} tokens")
 
@@ -308,7 +309,7 @@ def test_a_build_with_a_late_role_passes_the_gate(delay: Delay, granularity: int
     assert set(delayed.compile_changed(delay, granularity).report.entries) == set(api.ENTRIES)
 
 
-@pytest.mark.parametrize("delay", [*DELAYS, delayed.STUCK], ids=lambda delay: delay.id)
+@pytest.mark.parametrize("delay", [*DELAYS, delayed.STUCK, delayed.ABSENT], ids=lambda delay: delay.id)
 def test_a_delay_is_one_more_statement_in_the_sources(delay: Delay) -> None:
     text = delay.change(build.joined(api.SOURCES))
     assert text.count(f" - late < {delay.microseconds}000u)") == 1

@@ -22,6 +22,35 @@ MESSAGE = r"rank (\d+), block (\d+), ([a-z ]+) waited for ([a-zA-Z0-9 ]+): expec
 
 
 @pytest.mark.gpu
+def test_a_block_that_comes_too_late_leaves_and_the_buffer_can_be_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others have given up by the time that it begins; what is launched before `check` computes nothing."""
+    case = Case(SHAPES["smoke"], (40,))
+    made = inputs.make(case, "cuda")
+    prepared = Prepared(case, made, torch.device("cuda"))
+    adapter, late = MegaproofAdapter(), delayed.library(delayed.ABSENT, 64)
+    adapter.prepare(prepared)
+    assert adapter.buffer is not None
+    l1, l2 = zip(*adapter.weights, strict=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(api, "TIMEOUT_S", LIMIT_S)
+        patch.setattr(api, "_library", lambda _: late)
+        api.fp8_mega_moe(adapter.outputs, l1, l2, adapter.buffer, adapter.counts, recipe=case.recipe)
+    torch.cuda.synchronize()
+    adapter.fill(0xFF)
+    api.fp8_mega_moe(adapter.outputs, l1, l2, adapter.buffer, adapter.counts, recipe=case.recipe)
+    torch.cuda.synchronize()
+    assert bool((adapter.outputs[0].view(torch.int16) == -1).all()), "a launch after a failure has computed something"
+    with pytest.raises(api.KernelTimeout, match="waited for"):
+        adapter.buffer.check()
+    wanted = moe_layer(case.recipe, *made.arguments(), experts=case.shape.experts)
+    adapter.prepare(prepared)
+    adapter.launch()
+    same("y", wanted.y[0], adapter.y()[0])
+    same("stats", wanted.stats[0], adapter.stats()[0])
+    adapter.close()
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("tokens", [(40,), (4000,), (500,) * 8], ids=lambda tokens: f"r{len(tokens)}-t{tokens[0]}")
 @pytest.mark.parametrize("lost", delayed.LOST, ids=lambda lost: lost.id)
 def test_who_waits_for_a_copy_that_does_not_come_gives_up(

@@ -12,6 +12,7 @@ from kernel import api
 from kernel.config import GROUP_BLOCKS, Problem
 from reference import layout
 from tests.meta.runs import ROOT
+from tests.sizes import PROBLEMS
 
 COUNTS = st.integers(1, 4).flatmap(
     lambda experts: st.lists(
@@ -109,19 +110,8 @@ def test_fields_are_those_of_the_kernel_in_order() -> None:
     assert list(fields(PROBLEM)) == list(PROBLEM.offsets()[0]) == [name for name, _ in api.Layout._fields_]
 
 
-@given(
-    ranks=st.integers(1, 8),
-    local=st.integers(1, 64),
-    topk=st.integers(1, 32),
-    capacity=st.integers(1, 10_000),
-    hidden=st.integers(1, 56),
-    intermediate=st.integers(1, 24),
-    ring=st.none() | st.integers(2 * GROUP_BLOCKS, 500),
-)
-def test_fields_have_exactly_their_room(
-    ranks: int, local: int, topk: int, capacity: int, hidden: int, intermediate: int, ring: int | None
-) -> None:
-    problem = Problem(ranks, ranks * local, topk, 128 * hidden, 128 * intermediate, capacity, ring)
+@given(PROBLEMS)
+def test_fields_have_exactly_their_room(problem: Problem) -> None:
     offsets, total = problem.offsets()
     ends = [*list(offsets.values())[1:], total]
     for (name, (dtype, shape)), start, end in zip(fields(problem).items(), offsets.values(), ends, strict=True):

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 import pytest
 import torch
 from hypothesis import given
-from hypothesis import strategies as st
 
 from kernel import emulator
-from kernel.config import ALIGNMENT, GRANULARITIES, GROUP_BLOCKS, Problem
+from kernel.config import ALIGNMENT, GRANULARITIES, Problem
 from kernel.symm import RankViews
 from quant.recipe import Recipe, Shape
 from tests.cases import Case
@@ -29,6 +28,7 @@ from tests.redzones import (
     gaps,
     sizes,
 )
+from tests.sizes import PROBLEMS
 from tests.test_emulator import replaced
 
 emulated = pytest.mark.skipif(emulator.compiler() is None, reason="no C++ compiler is on PATH (g++ or clang++)")
@@ -45,19 +45,8 @@ def narrow(experts: int, tokens: tuple[int, ...], topk: int = 2, **axes: object)
 # --- where they lie ---------------------------------------------------------------------------------------------------
 
 
-@given(
-    ranks=st.integers(1, 8),
-    local=st.integers(1, 64),
-    topk=st.integers(1, 32),
-    capacity=st.integers(1, 10_000),
-    hidden=st.integers(1, 56),
-    intermediate=st.integers(1, 24),
-    ring=st.none() | st.integers(2 * GROUP_BLOCKS, 500),
-)
-def test_every_byte_belongs_to_a_field_or_to_a_gap(
-    ranks: int, local: int, topk: int, capacity: int, hidden: int, intermediate: int, ring: int | None
-) -> None:
-    problem = Problem(ranks, ranks * local, topk, 128 * hidden, 128 * intermediate, capacity, ring)
+@given(PROBLEMS)
+def test_every_byte_belongs_to_a_field_or_to_a_gap(problem: Problem) -> None:
     offsets, total = problem.offsets()
     assert list(gaps(problem)) == list(offsets)
     end = 0
@@ -115,12 +104,13 @@ def test_nothing_else_is_written(tokens: tuple[int, ...], granularity: int) -> N
 
 @dataclass(frozen=True)
 class Fault:
-    """A write too far, and behind what it shows."""
+    """A write too far, and behind what it shows. Counts are sent where a rank has more slots than blocks count alone."""
 
     id: str
     old: str
     new: str
     behind: str
+    tokens: int = 33
 
     def change(self, text: str) -> str:
         return replaced(text, self.old, self.new)
@@ -135,7 +125,13 @@ ROW = "if (inside[i]) *reinterpret_cast<uint4*>(y + i * 32 * kPart)"
 FAULTS = (
     Fault("one-count-more", COUNT, f"{COUNT} if (!threadIdx.x) r.own.stats[r.p.shape.experts_local] = 7;", "stats"),
     Fault("one-scale-more", SCALES, SCALES.replace("<", "<="), "l1_acts_sf"),
-    Fault("one-count-sent-more", SENT, f"{SENT} r.recv_count(expert / local, r.rank)[local] = 0;", "recv_count"),
+    Fault(
+        "one-count-sent-more",
+        SENT,
+        f"{SENT} r.recv_count(expert / local, r.rank)[local] = 0;",
+        "recv_count",
+        tokens=1025,
+    ),
     Fault("columns-more", ROW, f"*reinterpret_cast<uint4*>(y + s.hidden * (i + 1)) = {{}}; {ROW}", "y"),
 )
 
@@ -146,7 +142,7 @@ def test_a_write_too_far_is_seen(fault: Fault) -> None:
     """One expert of one block, so that what stands behind a field is a gap; all numbers of the layer stay right."""
     adapter = GuardedEmulatedAdapter(run=emulator.Run(change=fault.change))
     with pytest.raises(Overwritten, match=f"^behind {fault.behind} of rank 0: byte") as caught:
-        prove(adapter, *prepared(narrow(1, (33,), topk=1), "cpu"))
+        prove(adapter, *prepared(narrow(1, (fault.tokens,), topk=1), "cpu"))
     print(f"{fault.id}: {caught.value}")
 
 

@@ -185,7 +185,7 @@ def cut(file: str, pattern: str) -> str:
 def host_source() -> str:
     """The kernel's own text of scheduler and shares, without the functions by which threads work together."""
     text = cut("scheduler.cuh", r"^namespace scheduler \{.*^\}  // namespace scheduler$")
-    for name in ("make_plan", "next_tile"):
+    for name in ("receive", "make_plan", "next_tile"):
         function = rf"^__device__ __forceinline__ \w+ {name}\(.*?^\}}$"
         text, found = re.subn(function, "", text, flags=re.DOTALL | re.MULTILINE)
         assert found == 1, name

@@ -23,7 +23,7 @@ def commands(document: Path) -> Iterator[str]:
     """Every command of its code blocks and of its inline code, without comments, alternatives in [] taken."""
     text = document.read_text(encoding="utf-8")
     blocks = re.findall(r"^```(?:sh|bash|console)?\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    lines = [line.strip() for block in blocks for line in block.splitlines()]
+    lines = [line.strip() for block in blocks for line in re.sub(r"\\\n\s*", "", block).splitlines()]
     text = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
     lines += [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", text)]
     for line in lines:
@@ -106,7 +106,8 @@ def _module(module: str, arguments: list[str]) -> str | None:
         if names[0] not in subcommands:
             return f"{module} has no command {names[0]}"
         command = subcommands[names[0]]
-    options = {name for parameter in command.params for name in parameter.opts} | {"--help"}
+    options = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+    options |= {"--help"}
     used = {word.partition("=")[0] for word in arguments if word.startswith("-")}
     return f"python -m {module} has no {', '.join(sorted(used - options))}" if used - options else None
 
