@@ -35,7 +35,7 @@ class Target:
     roles: bool = False
     """Whether its warpgroups share out registers (setmaxnreg)."""
     static: int | None = None
-    """Bytes of static shared memory; None: whatever the compiler says. the meetings of barrier.cuh have three words, of
+    """Bytes of static shared memory; None: whatever the compiler says. The meetings of barrier.cuh have a few words, of
     which the alignment of the dynamic part makes 1,024."""
 
 

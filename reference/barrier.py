@@ -21,7 +21,7 @@ class Counters:
     """Of one rank, u32 each: `Workspace` of kernel/params.cuh and the rank counter."""
 
     arrived: int = 0
-    """Blocks of the rank in the meeting under way; between meetings 0 or, after one alone, FLIP."""
+    """Blocks of the rank in the meeting under way; between meetings 0 or FLIP, which each one alone changes."""
     rank_epoch: int = 0
     """Meetings that this rank has announced to the others."""
     rank_counter: int = 0

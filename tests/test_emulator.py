@@ -43,7 +43,7 @@ PER_128 = tuple(dataclasses.replace(case, recipe=case.recipe.replace(activation_
 
 
 @pytest.mark.parametrize(
-    "case", dict.fromkeys((*CASES[:: len(CASES) // 6], *LATTICE, *PER_128)), ids=lambda case: case.id
+    "case", dict.fromkeys((*CASES[:: len(CASES) // 4], *LATTICE, *PER_128)), ids=lambda case: case.id
 )
 def test_every_stage_of_a_case_equals_the_reference(case: Case) -> None:
     """Of lattice cases y equals int64 arithmetic too, and no guard is written."""
@@ -162,6 +162,7 @@ class Fault:
 
 
 RACES = tuple(range(12))
+"""Behind the seed that is known to convict, where there is one: another compiler's code may need another."""
 MEET = "    __syncthreads();\n    if (math)"
 RECYCLED = {"case": narrow(76, (190,)), "ring": 48, "seeds": (15, 7, 0, 3, 11, 19, 23)}
 GEMM_2_LATE = (
@@ -192,23 +193,24 @@ FAULTS = (
     Fault("task-lost", "tile = scheduler::next_tile(r);", "tile = 1 + scheduler::next_tile(r);", NO_END),
     Fault("parity", "&s.handover.wanted, i & 1, i,", "&s.handover.wanted, 0, i,", NO_END),
     Fault("registers", "more_registers<224>", "more_registers<232>", "deadlock"),
-    Fault("registers-back-early", MEET, "    if (math)", NO_END, narrow(2, (60,)), seeds=RACES),
+    Fault("registers-back-early", MEET, "    if (math)", NO_END, narrow(2, (60,)), seeds=(1, *RACES)),
     Fault("stage-early", "if (used != kStages) release(&ring.empty[used]);\n                    used = stage;",
           "release(&ring.empty[stage]);", ANY_STAGE, seeds=RACES,
           also=("        now = next;\n    }\n    release(&ring.empty[used]);", "        now = next;\n    }")),
     Fault("rows-early", "kBlockRows, task.rows);", "kBlockRows, 1);", ANY_STAGE, narrow(2, (60,)), seeds=RACES),
-    Fault("columns-early", "L1Turns, scheduler::l1_turns(r.p.shape));", "L1Turns, 1);", ANY_STAGE, seeds=RACES),
+    Fault("columns-early", "L1Turns, scheduler::l1_turns(r.p.shape));", "L1Turns, 1);", ANY_STAGE, seeds=(1, *RACES)),
     Fault("ring-acts-early", "if (block < r.p.shape.ring_blocks) return true;", "return true;", ANY_STAGE, **RECYCLED),
     Fault("ring-l2-early", "if (ready && task.block >= ring)", "if (0)", ANY_STAGE, **RECYCLED, also=GEMM_2_LATE),
     Fault("finished-early", "&finished, gemm::kMathWarps)", "&finished, 1)", f"{ANY_STAGE}|{NO_END}", seeds=RACES),
     Fault("other-rows-entry", "        index -= count;\n", "", "a routed row", narrow(2, (60,))),
     Fault("other-experts-entry", "expert_of_entry[first + lane] == expert", "true", "a routed row", narrow(2, (60,))),
-    Fault("flip-early", "kFlip - (r.blocks - 1)", "kFlip", f"{ANY_STAGE}|{NO_END}", narrow(2, (60,)), seeds=RACES),
+    Fault("flip-early", "kFlip - (r.blocks - 1)", "kFlip", f"{ANY_STAGE}|{NO_END}", narrow(2, (60,)),
+          seeds=(7, *RACES)),
     Fault("flip-late", "kFlip - (r.blocks - 1)", "kFlip - r.blocks", NO_END, narrow(2, (60,))),
     Fault("last-by-count", "& ~kFlip) == r.blocks - 1", "& ~kFlip) == r.blocks - 2", f"{ANY_STAGE}|{NO_END}|a routed",
-          narrow(2, (513,)), seeds=RACES),
+          narrow(2, (513,)), seeds=(7, *RACES)),
     Fault("report-lost", "return static_cast<void>(reporter.catch_up(i));", "return;", NO_END, narrow(2, (60,))),
-    Fault("store-early", "ptx::bulk_store_wait();", "", ANY_STAGE, narrow(2, (60,)), seeds=RACES),
+    Fault("store-early", "ptx::bulk_store_wait();", "", ANY_STAGE, narrow(2, (60,)), seeds=(11, *RACES)),
 )  # fmt: skip
 
 

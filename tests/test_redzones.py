@@ -104,7 +104,7 @@ def test_nothing_else_is_written(tokens: tuple[int, ...], granularity: int) -> N
 
 @dataclass(frozen=True)
 class Fault:
-    """A write too far, and behind what it shows. Counts are sent where a rank has more slots than blocks count alone."""
+    """A write too far, and behind what it shows. Counts are sent where there are more slots than blocks count alone."""
 
     id: str
     old: str
