@@ -28,7 +28,17 @@ from typing import Any
 
 import pytest
 
-from tests.verdicts import CASE_PROPERTY, NOT_CLAIMED, OUT_OF_MEMORY, REPRODUCE, Verdicts, out_of_memory, skip_reason
+from tests import tally
+from tests.verdicts import (
+    CASE_PROPERTY,
+    COMPARED_PROPERTY,
+    NOT_CLAIMED,
+    OUT_OF_MEMORY,
+    REPRODUCE,
+    Verdicts,
+    out_of_memory,
+    skip_reason,
+)
 
 ROOT = Path(__file__).resolve().parent
 MAX_RANKS = 72
@@ -312,6 +322,8 @@ def pytest_runtest_makereport(
     if call.excinfo and out_of_memory(call.excinfo.value):
         call.excinfo.value.add_note(OUT_OF_MEMORY)
     report = yield
+    if call.when == "call" and (compared := tally.take()):
+        report.user_properties.append((COMPARED_PROPERTY, compared))
     expected = hasattr(report, "wasxfail")
     gpu_skip = report.skipped and not expected and item.get_closest_marker("gpu")
     if gpu_skip and item.config.option.require_gpu and not skip_reason(report).startswith(NOT_CLAIMED):

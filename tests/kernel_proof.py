@@ -19,6 +19,7 @@ from torch import Tensor
 
 from kernel.adapters import Adapter, Prepared
 from reference.layer import STAGES, LayerResult
+from tests import tally
 from tests.compare import Differs, Divergence, compare_stages
 from tests.exact import Exact
 from tests.inputs import Inputs
@@ -104,6 +105,7 @@ def prove(
         previous = {name: tensor.clone() for name, tensor in stages.items()}
     shown = tuple(name for name in SHOWN if name in stages)
     hidden = tuple(name for name in SHOWN if name not in stages)
+    tally.add(adapter.name, compared, len(plan))
     return Proof(dict(compared), len(plan), shown, hidden, bool(fill), by_integers)
 
 

@@ -19,10 +19,12 @@ from torch import Tensor
 
 from kernel import api, build
 from kernel.adapters import Prepared
+from kernel.adapters.megaproof import MegaproofAdapter
 from kernel.config import BLOCK_M, GRANULARITIES, GROUP_BLOCKS, RING_BLOCKS, Problem, aligned
 from quant.recipe import SHAPES, Recipe, Shape
 from reference.layer import LayerResult, moe_layer
 from tests import delayed, inputs, problems
+from tests import tally as compared
 from tests.cases import Case
 from tests.compare import same
 from tests.delayed import DELAYS, Delay
@@ -129,7 +131,9 @@ def assert_same(
     """The same bits, of one tensor or of one a rank."""
     pairs = [(wanted, found)] if isinstance(wanted, Tensor) else zip(wanted, found, strict=True)
     for rank, (a, b) in enumerate(pairs):
-        tally[stage] += same(f"{stage} of rank {rank}{when and f', {when}'}", a, b)
+        elements = same(f"{stage} of rank {rank}{when and f', {when}'}", a, b)
+        tally[stage] += elements
+        compared.add(MegaproofAdapter.name, {stage: elements}, 0)
 
 
 # --- batch, ranks, capacity, earlier launches -------------------------------------------------------------------------

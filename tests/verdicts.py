@@ -7,10 +7,14 @@ from collections import Counter
 
 import pytest
 
+from tests import tally
+
 REPRODUCE = "reproduce with"
 """Title of the line that ends every failure."""
 KERNEL_PROPERTY, CASE_PROPERTY = "kernel", "case"
 """Properties of a test that compared a kernel with the reference, and of one that ran on a case."""
+COMPARED_PROPERTY = "compared"
+"""What a passed test has compared a kernel in, see tests/tally.py."""
 NOT_CLAIMED = "not claimed"
 """Start of the skip of a recipe that an adapter says it can't run: a statement about the kernel, not a missing GPU."""
 DROPPED = "megaproof_dropped_cases"
@@ -47,6 +51,7 @@ class Verdicts:
         self.dropped = 0
         """Tests on cases that --ranks left out."""
         self.skips: Counter[str] = Counter()
+        self.tally: tally.Tally = {}
         self.failures: list[str] = []
         self.is_worker = hasattr(config, "workerinput")
         self.runs_tests = not config.option.collectonly
@@ -59,6 +64,7 @@ class Verdicts:
             properties = dict(report.user_properties)
             self.kernel_proofs += report.failed or KERNEL_PROPERTY in properties
             self.cases += CASE_PROPERTY in properties
+            tally.merge(self.tally, properties.get(COMPARED_PROPERTY, {}) if report.passed else {})
         self._note_failure(report)
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
@@ -100,6 +106,10 @@ class Verdicts:
             terminalreporter.section("skipped, by reason")
             for reason, count in self.skips.most_common():
                 write(f"{count:5d}  {reason}")
+        if self.tally:
+            terminalreporter.section("equal to the reference, bit for bit")
+            for line in tally.lines(self.tally):
+                write(line)
         if self.failures and "no" in (config.option.tbstyle, config.option.showcapture):  # the tracebacks hid them
             terminalreporter.section(REPRODUCE)
             for line in self.failures:

@@ -1,0 +1,45 @@
+"""What a test has compared a kernel in, by stage, until its report takes it along. Needs no torch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+
+BYTES = {"l1_acts": 1, "l1_acts_sf": 4, "l2_acts": 1, "l2_acts_sf": 4, "slots": 2, "y": 2, "stats": 4}
+"""Of an element of each stage."""
+LAUNCHES = "launches"
+"""Stands beside the stages."""
+Tally = dict[str, dict[str, int]]
+"""Kernel -> stage -> elements that were compared and equal, and launches."""
+
+_found: Tally = {}
+
+
+def add(kernel: str, compared: Mapping[str, int], launches: int) -> None:
+    """Elements by stage that a kernel and the reference have in common, bit for bit."""
+    merge(_found, {kernel: {LAUNCHES: launches, **compared}})
+
+
+def take() -> Tally:
+    """All since the last time."""
+    taken = dict(_found)
+    _found.clear()
+    return taken
+
+
+def merge(into: Tally, more: Tally) -> None:
+    """Adds the counts of `more`."""
+    for kernel, counts in more.items():
+        into[kernel] = dict(Counter(into.get(kernel, {})) + Counter(counts))
+
+
+def lines(tally: Tally) -> list[str]:
+    """One a kernel: launches, bytes, elements by stage."""
+    return [f"{kernel}: {_line(counts)}" for kernel, counts in tally.items()]
+
+
+def _line(counts: Mapping[str, int]) -> str:
+    stages = {stage: counts[stage] for stage in BYTES if counts.get(stage)}
+    size = sum(BYTES[stage] * count for stage, count in stages.items())
+    named = ", ".join(f"{stage} {count:,}" for stage, count in stages.items())
+    return f"{counts.get(LAUNCHES, 0):,} launches, {size:,} bytes, elements by stage: {named}; 0 differ"
