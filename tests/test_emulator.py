@@ -131,6 +131,19 @@ def test_who_waits_for_a_copy_that_does_not_come_says_so(lost: delayed.Lost) -> 
         proof(Case(deep, (3,)), change=lost.change, timeout_steps=200_000, early=True)
 
 
+@pytest.mark.parametrize("case", [narrow(2, (5,)), narrow(2, (513,)), narrow(4, (5, 3))], ids=lambda case: case.id)
+def test_a_launch_after_a_failure_computes_nothing(case: Case) -> None:
+    """Until somebody has looked at the status, whether its blocks meet before rows travel or not."""
+    problem, _ = prepared(case)
+    adapter = EmulatedAdapter()
+    adapter.prepare(problem)
+    adapter.fill(0xFF)
+    adapter._buffer.status[0] = 1
+    with pytest.raises(emulator.EmulationError, match="waited for"):
+        adapter.launch()
+    assert all(bool((y.view(torch.int16) == -1).all()) for y in adapter.y())
+
+
 # --- faults -----------------------------------------------------------------------------------------------------------
 
 
