@@ -49,8 +49,8 @@ def unchanged(text: str) -> str:
     return text
 
 
-def source(granularity: int = 64, change: Callable[[str], str] = unchanged) -> str:
-    """The translation unit: machine, the scalar atoms of the twin, ptx for the machine, the kernel after `change`."""
+def source(granularity: int = 64, change: Callable[[str], str] = unchanged, silu: str = "fast") -> str:
+    """The translation unit: machine, scalar atoms of the twin, ptx for the machine, one kernel after `change`."""
     atoms, _, tensor_core = (
         (build.FOLDER.parent / "quant" / "twin.cu").read_text().partition("// ---- element by element")
     )
@@ -61,6 +61,8 @@ def source(granularity: int = 64, change: Callable[[str], str] = unchanged) -> s
     )
     kernel = change(build.joined(api.SOURCES, without=["ptx.cuh"]))
     kernel = re.sub(r"^#line .*$", "", kernel, flags=re.MULTILINE)
+    kernel, others = re.subn(rf'^extern "C" .* moe_(?!{silu}\()\w+\(.*$', "", kernel, flags=re.MULTILINE)
+    assert others == 1, "of the two kernels one is wanted"
     kernel, words = re.subn(
         r"__shared__ u32 ([\w, ]+);",
         lambda m: "".join(
@@ -84,7 +86,7 @@ def source(granularity: int = 64, change: Callable[[str], str] = unchanged) -> s
             steps,
             (FOLDER / "ptx.hpp").read_text(),
             kernel,
-            RUN,
+            RUN.replace("ENTRY", f"moe_{silu}"),
         ]
     )
 
@@ -92,13 +94,12 @@ def source(granularity: int = 64, change: Callable[[str], str] = unchanged) -> s
 FLAGS = ("-std=c++20", "-O1", "-U_FORTIFY_SOURCE", "-ffp-contract=off", "-fno-strict-aliasing", "-shared", "-fPIC")
 """Fortified, as some systems have it by default, longjmp from fiber to fiber would abort."""
 RUN = """
-extern "C" const char* emulate(const Params* p, int fast, unsigned grid, unsigned threads, unsigned shared,
+extern "C" const char* emulate(const Params* p, unsigned grid, unsigned threads, unsigned shared,
                                unsigned registers, unsigned seed, unsigned long long steps,
                                unsigned early, const int* rcp, const int* ex2) {
     static std::string said;
     emu::tables = {rcp, ex2};
-    const emu::Kernel entry = fast ? [](const void* q) { moe_fast(*static_cast<const Params*>(q)); }
-                                   : [](const void* q) { moe_precise(*static_cast<const Params*>(q)); };
+    const emu::Kernel entry = [](const void* q) { ENTRY(*static_cast<const Params*>(q)); };
     said = emu::run(entry, p, grid, threads, shared, registers, seed, steps, &p->status->flag, early);
     return said.c_str();
 }
@@ -195,9 +196,8 @@ def launch(
         params.set_weights(mine, l1, l2)
         params.set_outputs(mine, y, counts)
     rcp, ex2 = (np.ascontiguousarray(tables.load(name).numpy()) for name in tables.NAMES)
-    said = library(source(recipe.activation_granularity, run.change)).emulate(
+    said = library(source(recipe.activation_granularity, run.change, recipe.silu)).emulate(
         ctypes.byref(packed),
-        ctypes.c_int(recipe.silu == "fast"),
         *map(ctypes.c_uint, (run.blocks * problem.ranks, THREADS, shared_bytes(), LAUNCH_REGISTERS, run.seed)),
         ctypes.c_ulonglong(run.most_steps),
         ctypes.c_uint(run.early),
