@@ -59,7 +59,7 @@ def narrow(experts: int, tokens: tuple[int, ...], topk: int = 2, **recipe: objec
     return Case(shape, tokens, recipe=Recipe(**recipe))
 
 
-@pytest.mark.parametrize("seed", [0, 1, 3])
+@pytest.mark.parametrize("seed", [1, 3])
 @pytest.mark.parametrize(
     ("case", "ring"),
     [
