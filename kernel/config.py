@@ -31,6 +31,8 @@ GRANULARITIES = (GROUP, 128)
 """Columns of L2 activations that share a scale, `kGranularity` of storage.cuh: a cubin for each."""
 MAX_RANKS, MAX_EXPERTS = 8, 512
 """`kMaxRanks` and `kMaxExperts` of params.cuh."""
+WORKSPACE_BYTES = 4 * (3 + MAX_EXPERTS)
+"""sizeof(Workspace) of params.cuh: what stands before the counters of the pool blocks."""
 ALIGNMENT = 1024
 SHARED_LIMIT = 227 * 1024
 
@@ -126,7 +128,7 @@ class Problem:
         """(name -> byte offset of each field of `Layout` in params.cuh, total bytes)."""
         t, k, h, i = self.capacity, self.topk, self.hidden, self.intermediate
         rows, ring = self.pool_rows, self.ring_rows
-        workspace = 4 * (3 + MAX_EXPERTS + 3 * self.pool_blocks)
+        workspace = WORKSPACE_BYTES + 4 * 3 * self.pool_blocks
         sizes = {
             "x": t * h,
             "x_sf": 4 * t * (h // 128),

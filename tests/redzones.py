@@ -15,7 +15,7 @@ from torch import Tensor
 from kernel.adapters import Prepared
 from kernel.adapters.emulated import EmulatedAdapter
 from kernel.adapters.megaproof import POOL_STAGES, MegaproofAdapter
-from kernel.config import BLOCK_M, MAX_EXPERTS, Problem, aligned
+from kernel.config import BLOCK_M, WORKSPACE_BYTES, Problem, aligned
 from reference import layout
 from reference.layer import LayerResult
 from tests.cases import Case
@@ -25,8 +25,6 @@ from tests.inputs import Inputs
 GUARD = 0xA5
 ROWS, COUNTS = 16, 64
 """Rows of y, and statistics, that are guards on either side."""
-HEADER = 4 * (3 + MAX_EXPERTS)
-"""Bytes of `Workspace` in params.cuh before the counters of the pool blocks."""
 
 
 class Overwritten(AssertionError):
@@ -38,7 +36,7 @@ def sizes(problem: Problem) -> dict[str, int]:
     numbers = {name: size for name, size in vars(problem).items() if name != "ring"}
     fields = layout.fields(**numbers, pool_blocks=problem.pool_blocks, ring_blocks=problem.ring_blocks)
     found = {name: dtype.itemsize * torch.Size(shape).numel() for name, (dtype, shape) in fields.items()}
-    return found | {"workspace": HEADER + found["workspace"]}
+    return found | {"workspace": WORKSPACE_BYTES + found["workspace"]}
 
 
 def gaps(problem: Problem) -> dict[str, range]:

@@ -60,7 +60,7 @@ def test_host_cost(smoke: int) -> None:
         quietest = min(map(statistics.median, kept))  # a host has neighbours
         print(f"host cost of a call with {what}: {costs[-1]:.1f} us; of the quietest 50 calls {quietest:.1f}")
     arguments["sym_buffer"].check()
-    assert smoke or costs[0] < 15
+    assert smoke or max(costs) < 15
 
 
 @pytest.mark.gpu

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kernel.build import FOLDER
 from reference import barrier
 from reference.barrier import FLIP, U32, Counters, Steps
 
@@ -140,6 +141,10 @@ def test_a_block_that_stays_away_keeps_everyone() -> None:
     assert left == []
     assert [own.arrived for own in counters] == [0, 0, 1]
     assert [own.rank_counter for own in counters] == [2, 2, 2]
+
+
+def test_the_kernel_flips_the_same_bit() -> None:
+    assert f"constexpr u32 kFlip = 1u << {FLIP.bit_length() - 1};" in (FOLDER / "barrier.cuh").read_text()
 
 
 # --- a rank alone -----------------------------------------------------------------------------------------------------

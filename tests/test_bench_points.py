@@ -53,8 +53,8 @@ def test_both_sides_of_every_change_of_the_schedule(preset: str) -> None:
     assert set(points.turns(shape)) <= tokens
     changes = [(a, b) for a, b in pairwise(sorted(seen)) if seen[a] != seen[b]]
     assert all(b == a + 1 and {a, b} <= tokens for a, b in changes)
-    for changed in (1, 2, 3):
-        assert {states[changed] for states in seen.values()} == {False, True}
+    assert {states[1:3] for states in seen.values()} == {(False, False), (True, False), (True, True)}
+    assert {states[3] for states in seen.values()} == {False, True}
 
 
 @given(

@@ -45,6 +45,13 @@ def test_host_and_kernel_have_the_same_constants(file: str, name: str, value: in
     assert re.findall(rf"\b{name} = (\d+)[,;]", (FOLDER / file).read_text()) == [str(value)]
 
 
+def test_the_workspace_has_its_size() -> None:
+    (struct,) = re.findall(r"struct Workspace \{(.*?)\};", (FOLDER / "params.cuh").read_text(), re.DOTALL)
+    names = ", ".join(re.findall(r"u32 ([^;]+);", struct)).split(", ")
+    assert names[-1] == "send_count[kMaxExperts]"
+    assert 4 * (len(names) - 1 + MAX_EXPERTS) == config.WORKSPACE_BYTES
+
+
 def test_recipes() -> None:
     for silu in ("fast", "precise"):
         for granularity in config.GRANULARITIES:

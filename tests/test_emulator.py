@@ -43,7 +43,7 @@ PER_128 = tuple(dataclasses.replace(case, recipe=case.recipe.replace(activation_
 
 
 @pytest.mark.parametrize(
-    "case", dict.fromkeys((*CASES[:: len(CASES) // 2], *LATTICE, *PER_128)), ids=lambda case: case.id
+    "case", dict.fromkeys((*CASES[:: len(CASES) // 6], *LATTICE, *PER_128)), ids=lambda case: case.id
 )
 def test_every_stage_of_a_case_equals_the_reference(case: Case) -> None:
     """Of lattice cases y equals int64 arithmetic too, and no guard is written."""
@@ -59,7 +59,7 @@ def narrow(experts: int, tokens: tuple[int, ...], topk: int = 2, **recipe: objec
     return Case(shape, tokens, recipe=Recipe(**recipe))
 
 
-@pytest.mark.parametrize("seed", [1, 3])
+@pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize(
     ("case", "ring"),
     [

@@ -182,7 +182,7 @@ LEAST = 2 * GROUP_BLOCKS
 RECYCLED = [entry for entry in SWEEP if problem(*entry).pool_blocks > LEAST]
 """Where the smallest ring is smaller than the pool."""
 SMALL = sorted(SWEEP, key=lambda entry: work(entry[0]))[:8]
-EMULATED = [entry for entry in (*REPEATED, *SWEEP[::2]) if padded_work(*entry) < MOST_EMULATED]
+EMULATED = [entry for entry in (*REPEATED, *SWEEP) if padded_work(*entry) < MOST_EMULATED]
 
 
 def sweep_id(value: Case | int) -> str:
