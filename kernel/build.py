@@ -166,7 +166,12 @@ def _compile(text: str, flags: list[str], macros: list[tuple[str, str]]) -> tupl
         ) from error
     try:
         options = ProgramOptions(
-            arch=ARCH, std="c++20", fma=False, ptxas_options=flags or None, define_macro=macros or None
+            arch=ARCH,
+            std="c++20",
+            fma=False,
+            ptxas_options=flags or None,
+            define_macro=macros or None,
+            no_cache=True,  # beside a driver NVRTC keeps cubins of its own, which come back without ptxas' report
         )
         log = io.StringIO()
         code = Program(text, "c++", options).compile("cubin", logs=log)
