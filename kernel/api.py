@@ -20,12 +20,11 @@ from kernel import arguments, build, params
 from kernel.config import THREADS, ConfigError, Problem, shared_bytes
 from kernel.launch import Library, require_device, tensor_map
 from kernel.params import KernelShape, Layout, Params, RankParams, Swiglu
-from kernel.symm import COUNTERS, KernelTimeout, RankViews, SymmBuffer, VirtualGroup, local_group
+from kernel.symm import KernelTimeout, RankViews, SymmBuffer, VirtualGroup, local_group
 from kernel.tiles import tiled, w1_rows, w2_rows
 from quant.recipe import Recipe
 
 __all__ = [
-    "COUNTERS",
     "ENTRIES",
     "SOURCES",
     "TIMEOUT_S",

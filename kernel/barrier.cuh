@@ -14,17 +14,14 @@ __device__ __noinline__ void give_up(Status* s, u32 rank, u32 block, Counter cou
     s->rank = rank, s->block = block, s->counter = counter, s->expected = expected, s->seen = seen;
 }
 
-constexpr u32 kFlip = 1u << 31;  // of `arrived`, see meet_alone
-
 struct Nothing {
     __device__ __forceinline__ void operator()() const {}
 };
 
 // Spins until done(value of *address) with acquire at system scope, and does something else between two looks. False: time is
-// up, here or elsewhere.
-template <typename Done, typename Meanwhile = Nothing>
-__device__ __forceinline__ bool spin(const layout::Rank& r, const u32* address, Counter counter, u32 expected, Done done,
-                                     Meanwhile meanwhile = {}) {
+// up, here, which blame(value) writes down, or elsewhere.
+template <typename Done, typename Blame, typename Meanwhile = Nothing>
+__device__ __forceinline__ bool spin(const layout::Rank& r, const u32* address, Done done, Blame blame, Meanwhile meanwhile = {}) {
     if (done(ptx::load_acquire(address))) return true;
     const u64 start = ptx::global_timer();
     for (u32 i = 1;; ++i) {
@@ -33,9 +30,25 @@ __device__ __forceinline__ bool spin(const layout::Rank& r, const u32* address, 
         if (done(seen)) return true;
         if (i % 64 == 0) {
             if (failed(r.p)) return false;
-            if (ptx::global_timer() - start > r.p.timeout_ns) return give_up(r.p.status, r.rank, r.block, counter, expected, seen), false;
+            if (ptx::global_timer() - start > r.p.timeout_ns) return blame(seen), false;
         }
     }
+}
+
+// Until a counter that only grows has come to `expected`.
+template <typename Meanwhile = Nothing>
+__device__ __forceinline__ bool reach(const layout::Rank& r, const u32* address, Counter counter, u32 expected,
+                                      Meanwhile meanwhile = {}) {
+    return spin(r, address, [&](u32 seen) { return seen >= expected; },
+                [&](u32 seen) { give_up(r.p.status, r.rank, r.block, counter, expected, seen); }, meanwhile);
+}
+
+// `arrived` of a meeting under way: arrivals below the upper bit, which meet_alone flips. There block 0 adds what the others
+// lack of 2^31, so that all together flip the bit and leave 0 below it.
+constexpr u32 kFlip = 1u << 31;
+__device__ __forceinline__ u32 arrivals(u32 arrived, u32 blocks) {
+    const u32 low = arrived & (kFlip - 1);
+    return low <= blocks ? low : low - (kFlip - blocks);
 }
 
 // All threads of all blocks of all ranks; what any of them wrote before, also to peers, is visible to everyone after. False:
@@ -67,23 +80,30 @@ __device__ __forceinline__ bool meet(const layout::Rank& r, Publish publish) {
             }
         }
     }
-    if (threadIdx.x == 0)
-        ok = spin(r, r.mine<u32>(r.p.layout.rank_counter), kRanks, expected,
-                  [&](u32 seen) { return static_cast<int>(seen - expected) >= 0; }) &&
+    if (threadIdx.x == 0) {
+        const auto blame = [&](u32 seen) {  // a block of this rank, if one is missing
+            const u32 blocks = arrivals(ptx::load_acquire(&w.arrived), r.blocks);
+            if (blocks % r.blocks == 0) give_up(r.p.status, r.rank, r.block, kRanks, expected, seen);
+            else give_up(r.p.status, r.rank, r.block, kBlocks, r.blocks, blocks);
+        };
+        ok = spin(r, r.mine<u32>(r.p.layout.rank_counter),
+                  [&](u32 seen) { return static_cast<int>(seen - expected) >= 0; }, blame) &&
              !failed(r.p);
+    }
     __syncthreads();
     return ok != 0;
 }
 
-// The same for a rank that is alone and has nothing to publish: no block has to see that it is the last. The first one adds
-// what the others lack of 2^31, so that all together flip the upper bit and leave the lower ones zero.
+// The same for a rank that is alone and has nothing to publish: no block has to see that it is the last.
 __device__ __forceinline__ bool meet_alone(const layout::Rank& r) {
     __shared__ u32 ok;
     __syncthreads();
     if (threadIdx.x == 0) {
         u32* arrived = &r.workspace().arrived;
         const u32 before = ptx::atomic_add_acq_rel(arrived, r.block == 0 ? kFlip - (r.blocks - 1) : 1);
-        ok = spin(r, arrived, kBlocks, ~before & kFlip, [&](u32 seen) { return ((seen ^ before) & kFlip) != 0; }) && !failed(r.p);
+        ok = spin(r, arrived, [&](u32 seen) { return ((seen ^ before) & kFlip) != 0; },
+                  [&](u32 seen) { give_up(r.p.status, r.rank, r.block, kBlocks, r.blocks, arrivals(seen, r.blocks)); }) &&
+             !failed(r.p);
     }
     __syncthreads();
     return ok != 0;
@@ -120,14 +140,14 @@ __device__ __forceinline__ bool wait_in_time(const layout::Rank& r, u64* mbarrie
 }
 
 // Waits for a copy that this thread has started, and does not leave it behind before time is up. In steps of 2^20 ns, about a
-// millisecond: dispatch has few registers.
+// millisecond, and at least the limit: dispatch has few registers.
 __device__ __forceinline__ bool wait_copy(const layout::Rank& r, u64* arrived, u32 parity) {
     constexpr u32 kStep = 20;
     if (ptx::mbarrier_try_wait(arrived, parity)) return true;
     const u32 start = static_cast<u32>(ptx::global_timer() >> kStep);
     while (!ptx::mbarrier_try_wait(arrived, parity)) {
         const u32 waited = static_cast<u32>(ptx::global_timer() >> kStep) - start;
-        if (waited > static_cast<u32>(r.p.timeout_ns >> kStep)) return give_up(r.p.status, r.rank, r.block, kTransit, 1, 0), false;
+        if (waited > static_cast<u32>(r.p.timeout_ns >> kStep) + 1) return give_up(r.p.status, r.rank, r.block, kTransit, 1, 0), false;
     }
     return true;
 }

@@ -40,7 +40,7 @@ __device__ __forceinline__ void dense(const DenseParams& p) {
     gemm::Place place;
     if (threadIdx.x < 128) {  // the producer
         ptx::fewer_registers<40>();
-        if (threadIdx.x == 0) {
+        if (threadIdx.x < 32 && ptx::elect_one()) {
             constexpr u32 kGroups = gemm::kBlockK / kGroup;
             for (u32 tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
                 u32 row, column;

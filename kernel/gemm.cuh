@@ -86,10 +86,17 @@ __device__ __forceinline__ void scale_factors(float (&scale)[2][2], const float 
     }
 }
 
-// One fma an output. Lanes hold column pairs 8 j + 2 q of two rows, see ptx.cuh.
+// One fma an output. Lanes hold column pairs 8 j + 2 q of two rows, see ptx.cuh. Scale after scale: a register that the next
+// fma reads too is kept for it, and leaves the sums' bank alone. In the order of the sums the compiler keeps none.
 __device__ __forceinline__ void promote(float (&sum)[kSums], const float (&acc)[kSums], const float (&scale)[2][2]) {
 #pragma unroll
-    for (u32 i = 0; i < kSums; ++i) sum[i] = ptx::fma_rn(scale[i / 4 % 2][i / 2 % 2], acc[i], sum[i]);
+    for (u32 pair = 0; pair < 4; ++pair) {
+#pragma unroll
+        for (u32 n = 0; n < kSums / 4; ++n) {
+            const u32 i = n / 2 * 8 + pair * 2 + n % 2;
+            sum[i] = ptx::fma_rn(scale[pair / 2][pair % 2], acc[i], sum[i]);
+        }
+    }
 }
 
 // The warp has read the stage's scales, and wgmma its operands: it may be written again.

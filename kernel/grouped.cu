@@ -70,7 +70,7 @@ __device__ __forceinline__ void grouped(const GroupedParams& p, Epilogue epilogu
     __syncthreads();
     if (threadIdx.x < 128) {
         ptx::fewer_registers<40>();
-        if (threadIdx.x == 0) produce<kGroup>(p, ring);
+        if (threadIdx.x < 32 && ptx::elect_one()) produce<kGroup>(p, ring);
     } else {
         ptx::more_registers<232>();
         const u32 tiles = p.rows / kBlockM * tile_columns(p);

@@ -1,6 +1,6 @@
 // The fused layer: one persistent launch. Read top to bottom; the rooms do the work.
 //
-//   all threads      announce the routed rows, meet all ranks, plan                    dispatch, barrier, scheduler
+//   all threads      announce the routed rows and meet all ranks, or only count; plan  dispatch, barrier, scheduler, stats
 //   warp 0           TMA producer: operands of each task into the ring                 producer
 //   warps 1, 2       pull rows of peers into the pool                                  dispatch      Eq. (1)
 //   warp 3           scout: the next task, when its operands are there, what is done   producer, scheduler
@@ -33,11 +33,10 @@ __device__ __forceinline__ void moe(const Params& p) {
     }
 
     phase::mark(p, phase::kPhases);
-    if (dispatch::is_alone(r)) {
+    if (dispatch::counts_alone(r)) {
         if (!dispatch::count_alone(r, s.expert_of_entry, s.plan.rows)) return;
     } else {
-        dispatch::announce(r, s.plan.rows);
-        if (!barrier::meet(r, [&] { dispatch::publish(r); })) return;
+        if (!dispatch::announce(r, s.plan.rows) || !barrier::meet(r, [&] { dispatch::publish(r); })) return;
         scheduler::receive(r, s.plan);
     }
     scheduler::make_plan(r, s.plan);
@@ -52,10 +51,14 @@ __device__ __forceinline__ void moe(const Params& p) {
         math::math_role<kFast>(r, s);
     } else {
         ptx::fewer_registers<56>();
-        if (threadIdx.x == 0) producer::producer_role(r, s);
-        else if (const u32 warp = threadIdx.x / 32; warp >= 1 && warp <= kDispatchWarps)
+        const u32 warp = threadIdx.x / 32;
+        if (warp == 0) {
+            if (ptx::elect_one()) producer::producer_role(r, s);
+        } else if (warp <= kDispatchWarps) {
             dispatch::pull(r, s.plan, s.expert_of_entry, s.transit[warp - 1], warp - 1, kDispatchWarps);
-        else if (threadIdx.x == 96) producer::scout_role(r, s);
+        } else if (threadIdx.x == 96) {
+            producer::scout_role(r, s);
+        }
     }
     __syncwarp();  // producer and scout are one lane of their warps
     __syncthreads();

@@ -14,7 +14,7 @@ using scheduler::kBoxRows;
 template <typename Meanwhile>
 __device__ __forceinline__ bool wait_operands(const layout::Rank& r, const scheduler::Task& task, Meanwhile meanwhile) {
     const auto reaches = [&](const u32* counter, barrier::Counter kind, u32 expected) {
-        return barrier::spin(r, counter, kind, expected, [&](u32 seen) { return seen >= expected; }, meanwhile);
+        return barrier::reach(r, counter, kind, expected, meanwhile);
     };
     const u32 ring = r.p.shape.ring_blocks;
     bool ready;

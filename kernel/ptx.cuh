@@ -109,10 +109,6 @@ __device__ __forceinline__ u32 load_volatile(const u32* address) {
     return value;
 }
 
-__device__ __forceinline__ void store_release(u32* address, u32 value) {
-    asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
-}
-
 __device__ __forceinline__ u32 atomic_add(u32* address, u32 value) {
     u32 before;
     asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(address), "r"(value) : "memory");
@@ -208,6 +204,14 @@ __device__ __forceinline__ bool mbarrier_try_wait(u64* barrier, u32 parity) {
 }
 
 // ---- asynchronous copies (PTX ISA 9.7.9.25, 9.7.9.27) ---------------------------------------------------------------
+
+// One lane of a warp whose lanes are all here, always the same one (PTX ISA 9.7.13.14). The compiler then knows that it is alone:
+// behind any other condition it goes through the lanes at each copy, since what describes a copy has to be uniform.
+__device__ __forceinline__ bool elect_one() {
+    u32 elected;
+    asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xFFFFFFFF;\nselp.u32 %0, 1, 0, p;\n}" : "=r"(elected));
+    return elected != 0;
+}
 
 // An opaque tensor map (CUtensorMap); the host encodes it.
 struct alignas(64) TensorMap {

@@ -28,12 +28,17 @@ _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:\{\s*)?(?:@!?\w+\s+)?([A-Z]
 
 @dataclass(frozen=True)
 class Figures:
-    """One kernel with the functions it calls: QGMMA and local-memory instructions, and values of setmaxnreg."""
+    """One kernel with the functions it calls: QGMMA and local-memory instructions, and values of setmaxnreg.
+
+    by_lane: loops that go through the lanes of a warp, which the compiler puts around an instruction of uniform
+    operands, such as a bulk copy, where it does not see that one lane is alone.
+    """
 
     qgmma: int
     local: int
     lowered: tuple[int, ...]
     raised: tuple[int, ...]
+    by_lane: int = 0
 
     def registers_by_role(self) -> dict[str, int]:
         """Registers a thread of each role; empty for a kernel without setmaxnreg."""
@@ -82,7 +87,8 @@ def parse(text: str) -> dict[str, Figures]:
                 values[".TRY_ALLOC" in suffix].add(int(operands.split(",")[-1], 0))
         count = [opcode for opcode, _, _ in code].count
         lowered, raised = (tuple(sorted(values[up])) for up in (False, True))
-        figures[name] = Figures(count("QGMMA"), count("LDL") + count("STL"), lowered, raised)
+        by_lane = sum(suffix.endswith(".U.ANY") for opcode, suffix, _ in code if opcode == "BRA")
+        figures[name] = Figures(count("QGMMA"), count("LDL") + count("STL"), lowered, raised, by_lane)
     return figures
 
 
@@ -99,6 +105,8 @@ def faults(
         found.append(f"{figures.qgmma} QGMMA instructions, and {'some are' if gemm else 'none is'} expected")
     if figures.local:
         found.append(f"{figures.local} instructions on local memory")
+    if figures.by_lane:
+        found.append(f"{figures.by_lane} loops through the lanes of a warp: let ptx::elect_one choose who copies")
     # Behind its roles a kernel may give all threads back what it was launched with.
     if any(len(set(values) - {entry.registers}) != roles for values in (figures.lowered, figures.raised)):
         found.append(

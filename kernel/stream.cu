@@ -39,7 +39,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) stream_read(const __gr
 
     StreamPlace place;
     const u64 step = static_cast<u64>(gridDim.x) * kPiece, start = static_cast<u64>(blockIdx.x) * kPiece;
-    if (threadIdx.x == 0) {
+    if (threadIdx.x < 32) {
+        if (!ptx::elect_one()) return;
         for (u64 at = start; at < p.bytes; at += step, place.advance()) {
             const u64 left = p.bytes - at;
             const u32 bytes = left < kPiece ? static_cast<u32>(left) : kPiece;
@@ -48,7 +49,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) stream_read(const __gr
             ptx::mbarrier_arrive_expect(full, bytes);
             ptx::bulk_load(s.pieces[place.index], p.data + at, bytes, full);
         }
-    } else if (threadIdx.x >= 32) {
+    } else {
         // Every piece is waited for: a block that ended before its copies would not have read, and would be illegal.
         for (u64 at = start; at < p.bytes; at += step, place.advance()) {
             stream_wait(&s.full[place.index], place.parity);

@@ -10,33 +10,26 @@ from torch import Tensor
 
 from kernel.config import MAX_RANKS, ConfigError, Problem
 
-COUNTERS = {
-    1: "blocks of the rank",
-    2: "ranks",
-    3: "rows of a pool block",
-    4: "L1 turns of a pool block",
-    5: "L2 turns of a pool block",
-    6: "the copy of a row",
-    7: "tasks of its block",
+WAITS = {
+    1: ("all roles", "blocks of the rank"),
+    2: ("all roles", "ranks"),
+    3: ("scout", "rows of a pool block"),
+    4: ("scout or dispatch", "L1 turns of a pool block"),
+    5: ("scout", "L2 turns of a pool block"),
+    6: ("dispatch", "the copy of a row"),
+    7: ("scout", "tasks of its block"),
 }
-"""`Counter` of barrier.cuh, in words."""
-ROLES = {
-    1: "all roles",
-    2: "all roles",
-    3: "scout",
-    4: "scout or dispatch",
-    5: "scout",
-    6: "dispatch",
-    7: "scout",
-}
-"""Who waits for it: all at the meetings; for L1 turns the scout (GEMM 2) or dispatch (a free place in the ring).
-Waiting for the tasks of its block the scout waits for all that producer and math warps wait for inside it."""
+"""`Counter` of barrier.cuh, in words: who waits for what.
+
+All roles wait at the meetings; for L1 turns the scout does (GEMM 2), or dispatch (a free place in the ring). Waiting
+for the tasks of its block the scout waits for all that producer and math warps wait for inside it.
+"""
 
 
 def waited(status: Tensor) -> str | None:
     """What a `Status` of params.cuh says: who waited in vain and for what; None where nobody did."""
     flag, rank, block, counter, expected, seen, *_ = (word & 0xFFFFFFFF for word in status.tolist())
-    what, who = COUNTERS.get(counter, "nothing known"), ROLES.get(counter, "nobody known")
+    who, what = WAITS.get(counter, ("nobody known", "nothing known"))
     return f"rank {rank}, block {block}, {who} waited for {what}: expected {expected}, saw {seen}" if flag else None
 
 

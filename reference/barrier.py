@@ -33,6 +33,12 @@ def reached(seen: int, expected: int) -> bool:
     return (seen - expected) % U32 < U32 // 2
 
 
+def arrivals(arrived: int, blocks: int) -> int:
+    """How many blocks of a rank have come to the meeting under way, of either kind, by its `arrived`."""
+    low = arrived % FLIP
+    return low if low <= blocks else low - (FLIP - blocks)
+
+
 def spin(done: Callable[[], bool]) -> Steps:
     """Reads until done()."""
     yield

@@ -187,6 +187,18 @@ def test_every_pair_of_interruptions_of_a_rank_alone() -> None:
                 run_alone(3, 3, [(first, i), (second, j), (third, 40)])
 
 
+@given(st.permutations(range(6)), st.integers(1, 6), st.sampled_from([0, FLIP]))
+def test_arrivals_are_counted_in_any_order(order: list[int], blocks: int, before: int) -> None:
+    own = Counters(before)
+    present = [block for block in order if block < blocks]
+    for there, block in enumerate(present):
+        assert barrier.arrivals(own.arrived, blocks) == there
+        steps = barrier.meet_alone(own, block, blocks)
+        next(steps), next(steps)
+    assert own == Counters(before ^ FLIP)
+    assert barrier.arrivals(own.arrived, blocks) == 0
+
+
 @pytest.mark.parametrize(("wrong", "found"), [(lambda blocks: FLIP - blocks, Hang), (lambda blocks: FLIP, Early)])
 def test_a_wrong_part_of_the_first_block_is_found(
     wrong: Callable[[int], int], found: type[AssertionError], monkeypatch: pytest.MonkeyPatch

@@ -116,12 +116,24 @@ def test_an_index_of_no_expert_is_an_empty_slot(case: Case) -> None:
 
 def test_a_role_that_waits_in_vain_says_so() -> None:
     def nobody_pulls(text: str) -> str:
-        return replaced(
-            text, "else if (const u32 warp = threadIdx.x / 32; warp >= 1", "else if (const u32 warp = 9; warp < 1"
-        )
+        return replaced(text, "} else if (warp <= kDispatchWarps) {", "} else if (warp == 9) {")
 
     with pytest.raises(emulator.EmulationError, match=r"scout waited for rows of a pool block: expected \d+, saw 0"):
         proof(narrow(2, (3,)), change=nobody_pulls, timeout_steps=200_000)
+
+
+@pytest.mark.parametrize("absent", range(3))
+@pytest.mark.parametrize(
+    ("tokens", "before"),
+    [(513, "phase::mark(p, phase::kPhases);"), (5, "combine::Units units(r);"), (513, "combine::Units units(r);")],
+    ids=["before_rows_travel", "at_the_end", "at_the_end_after_a_meeting"],
+)
+def test_a_missing_block_is_what_the_others_wait_for(tokens: int, before: str, absent: int) -> None:
+    def goes_away(text: str) -> str:
+        return replaced(text, before, f"if (r.block == {absent}) return; {before}")
+
+    with pytest.raises(emulator.EmulationError, match="waited for blocks of the rank: expected 3, saw 2"):
+        proof(narrow(2, (tokens,)), change=goes_away, timeout_steps=200_000, blocks=3)
 
 
 @pytest.mark.parametrize("lost", delayed.LOST, ids=lambda lost: lost.id)
@@ -206,7 +218,7 @@ FAULTS = (
     Fault("task-lost", "tile = scheduler::next_tile(r);", "tile = 1 + scheduler::next_tile(r);", NO_END),
     Fault("parity", "&s.handover.wanted, i & 1, i,", "&s.handover.wanted, 0, i,", NO_END),
     Fault("registers", "more_registers<224>", "more_registers<232>", "deadlock"),
-    Fault("registers-back-early", MEET, "    if (math)", NO_END, narrow(2, (60,)), seeds=(1, *RACES)),
+    Fault("registers-back-early", MEET, "    if (math)", NO_END, narrow(2, (60,)), seeds=(29, *RACES)),
     Fault("stage-early", "if (used != kStages) release(&ring.empty[used]);\n                    used = stage;",
           "release(&ring.empty[stage]);", ANY_STAGE, seeds=RACES,
           also=("        now = next;\n    }\n    release(&ring.empty[used]);", "        now = next;\n    }")),

@@ -73,6 +73,24 @@ def test_local_memory_is_seen() -> None:
 
 
 @pytest.mark.usefixtures("nvdisasm")
+@pytest.mark.parametrize(("chosen", "loops"), [("threadIdx.x == 0", 2), ("ptx::elect_one()", 0)])
+def test_copies_that_go_through_the_lanes_are_seen(chosen: str, loops: int) -> None:
+    text = """
+#include "ptx.cuh"
+extern "C" __global__ void copies(const u8* from, u32 bytes) {
+    extern __shared__ __align__(128) u8 to[];
+    __shared__ u64 arrived;
+    if (CHOSEN) {
+        ptx::bulk_load(to, from, bytes, &arrived);
+        ptx::bulk_load(to + bytes, from + bytes, bytes, &arrived);
+    }
+}
+"""
+    built = build.build_text(text, defines={"CHOSEN": chosen}, cache=False)
+    assert sass.disassemble(built.cubin)["copies"].by_lane == loops
+
+
+@pytest.mark.usefixtures("nvdisasm")
 def test_no_cubin_is_an_error() -> None:
     with pytest.raises(build.BuildError, match="nvdisasm: "):
         sass.disassemble(b"\x7fELF but not one")
@@ -88,6 +106,7 @@ def test_no_cubin_is_an_error() -> None:
         ({"raised": (224, 232)}, True, True, 0, "two values expected"),
         ({}, True, False, 0, r"setmaxnreg to \[40, 232\]: none expected"),
         ({"lowered": (48,)}, True, True, 0, r"128 x 48 \+ 256 x 232 = 65536 registers; .* 64512"),
+        ({"by_lane": 7}, True, True, 0, "k: 7 loops through the lanes of a warp"),
         ({}, True, True, SHARED_LIMIT + 1, "232449 bytes of dynamic shared memory and 0 of static, 232448 at most"),
     ],
 )
@@ -128,8 +147,9 @@ k:
         /*0030*/               @P0 STL.64 [R1+0x8], R2 ;
         /*0040*/                   LDL R2, [R1] ;
         /*0050*/                   BRA `(.L_x_1) ;
+        /*0060*/               @P0 BRA.U.ANY `(.L_x_1) ;
 """
-    assert sass.parse(text) == {"k": sass.Figures(1, 2, (40,), (232,))}
+    assert sass.parse(text) == {"k": sass.Figures(1, 2, (40,), (232,), 1)}
     with pytest.raises(build.BuildError, match="SASS of k cannot be read"):
         sass.parse(text.split("k:")[0])
 

@@ -63,7 +63,6 @@ inline u32 load_acquire(const u32* address) { return emu::yield(), *address; }
 inline u32 load_relaxed(const u32* address) { return *address; }
 inline uint4 load_volatile(const uint4* address) { return *address; }
 inline u32 load_volatile(const u32* address) { return *address; }
-inline void store_release(u32* address, u32 value) { emu::yield(), *address = value; }
 inline u32 atomic_add(u32* address, u32 value) {
     emu::yield();
     const u32 before = *address;
@@ -119,6 +118,7 @@ inline void tma_load_2d(void* target, const TensorMap& map, u64* barrier, int co
     });
     emu::yield();
 }
+inline bool elect_one() { return __syncwarp(), threadIdx.x % 32 == 0; }
 inline void prefetch_l1(const void*) {}
 inline void prefetch_tensor_map(const TensorMap&) {}
 inline void bulk_load(void* target, const void* source, u32 bytes, u64* barrier) {

@@ -22,7 +22,7 @@ FLASH = [case for case in CASES if case.shape.name == "dsv4_flash" and case.rank
 
 def test_counts_of_cases() -> None:
     on_cpu = sum(case.tier == "cpu" for case in FLASH)
-    assert f"all {len(FLASH)} dsv4_flash cases at 8\nranks" in README
+    assert f"all {len(FLASH)} dsv4_flash cases at 8 ranks" in README
     listed = python(ROOT, "-m", "pytest", "--collect-only", "-q", "-k", "dsv4_flash", "--ranks", "8").stdout
     (line,) = re.findall(r"^megaproof: \d+ cases, .*$", listed, re.MULTILINE)
     assert f"\n{line}\n" in README, "what the header of the gate says"
