@@ -6,25 +6,46 @@ namespace emu {
 
 inline Tables tables;
 
-inline float wgmma_step(float c, const u8* a, const u8* b) {
-    int emax = kNoTerm;
+// 32 codes of a row as decode_term has them: values, exponents (far below all others where there is no term), any NaN.
+struct Terms {
     float values[32];
+    int exponents[32];
     bool nan = false;
-    for (u32 k = 0; k < 32; ++k) {
-        float x, y;
-        short ex, ey;
-        bool nan_a, nan_b;
-        decode_term(a[k], x, ex, nan_a), decode_term(b[k], y, ey, nan_b);
-        nan |= nan_a || nan_b;
-        values[k] = x * y;
-        if (ex != kNoTerm && ey != kNoTerm) emax = max(emax, ex + ey);
+};
+
+struct Decoder {
+    float values[256];
+    int exponents[256];
+    bool nans[256];
+
+    Decoder() {
+        for (u32 code = 0; code < 256; ++code) {
+            short exponent;
+            decode_term(code, values[code], exponent, nans[code]);
+            exponents[code] = exponent;
+        }
     }
-    if (nan || c != c) return from_bits(kNaN);
+};
+
+inline Terms terms_of(const u8* codes) {
+    static const Decoder decoder;
+    Terms found;
+    for (u32 k = 0; k < 32; ++k) {
+        found.values[k] = decoder.values[codes[k]], found.exponents[k] = decoder.exponents[codes[k]];
+        found.nan |= decoder.nans[codes[k]];
+    }
+    return found;
+}
+
+inline float wgmma_step(float c, const Terms& a, const Terms& b) {
+    int emax = kNoTerm;
+    for (u32 k = 0; k < 32; ++k) emax = max(emax, a.exponents[k] + b.exponents[k]);
+    if (a.nan || b.nan || c != c) return from_bits(kNaN);
     if (emax < -100) return finish_step(c, emax, 0.0f);
     if (c != 0.0f) emax = max(emax, max(static_cast<int>(bits_of(c) >> 23 & 0xFF), 1) - 127);
     const float scale = pow2(13 - emax);
     int total = static_cast<int>(c * scale);
-    for (float value : values) total += static_cast<int>(value * scale);  // to integers: cut toward zero
+    for (u32 k = 0; k < 32; ++k) total += static_cast<int>(a.values[k] * b.values[k] * scale);  // cut toward zero
     return from_bits(bits_of(static_cast<float>(total)) & ~0x3FFu) * pow2(emax - 13);
 }
 
@@ -178,14 +199,15 @@ inline void wgmma_ss(float (&d)[kN / 2], u64 desc_a, u64 desc_b, bool scale_d) {
     float* sums = d;
     emu::machine->current->chain.push_back([=] {
         const u32 row = thread / 32 * 16 + thread % 32 / 4, column = thread % 4 * 2;
-        u8 a[2][32], b[32];
-        const auto load = [](u8* to, u64 address) {
-            memcpy(to, emu::swizzled(address), 16), memcpy(to + 16, emu::swizzled(address + 16), 16);
+        const auto load = [](u64 address) {
+            u8 codes[32];
+            memcpy(codes, emu::swizzled(address), 16), memcpy(codes + 16, emu::swizzled(address + 16), 16);
+            return emu::terms_of(codes);
         };
-        for (u32 half = 0; half < 2; ++half) load(a[half], (desc_a << 4) + (row + 8 * half) * 128);
+        const emu::Terms a[2] = {load((desc_a << 4) + row * 128), load((desc_a << 4) + (row + 8) * 128)};
         for (u32 j = 0; j < kN / 8; ++j)
             for (u32 i = 0; i < 2; ++i) {
-                load(b, (desc_b << 4) + (8 * j + column + i) * 128);
+                const emu::Terms b = load((desc_b << 4) + (8 * j + column + i) * 128);
                 for (u32 half = 0; half < 2; ++half) {
                     float& sum = sums[4 * j + 2 * half + i];
                     sum = emu::wgmma_step(scale_d ? sum : 0.0f, a[half], b);
