@@ -1,4 +1,5 @@
-"""What ptxas does not report of a cubin, read from its SASS: tensor-core and local-memory instructions, setmaxnreg.
+"""What ptxas does not report of a cubin, read from its SASS: tensor-core and local-memory instructions, setmaxnreg,
+and loops through the lanes of a warp.
 
 The disassembler comes from PyPI (nvidia-cuda-nvdisasm) and is no part of what the kernel needs to run.
 """

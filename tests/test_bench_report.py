@@ -230,7 +230,7 @@ class TestPhases:
             "cannot see the dispatch warps and the scout, which keep no clock, nor launch and ramp, which are spread "
             "over the phases" in text
         )
-        assert f"The sweep's clock, clock_mhz of its JSON, is {CLOCK}." in text
+        assert f"In the JSON clock_mhz is {CLOCK}." in text
 
     def test_a_phase_that_no_role_kept_is_blank(self) -> None:
         rows = self.rows()

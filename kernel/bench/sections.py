@@ -49,7 +49,7 @@ T*K rows, N and K of the layer (from 512), both in turn with the kernel. {yardst
 the faster one of PR 323 and PR 383, below 1 is faster; of the grouped GEMMs alone: over that of DeepGEMM's two grouped
 GEMMs of the layer, scales per 128, without dispatch, activation and combine. Their times, of other runs, and where they
 are from stand in kernel/peers_h200.json (PR 383 accumulates in BF16 at most sizes). TFLOP/s count useful work, no
-padding. Blank: not measured."""
+padding. Blank: not measured. In the JSON clock_mhz is {clock}."""
 YARDSTICK = "Our dense GEMMs write float32{reach}."
 REACH = " and reach {per_128} of a plain dense kernel's rate per 128, {per_64} per 64 (table of the main loop)"
 BELOW = ": this yardstick itself is below the ceiling, so that a share of 1 is as fast as it is, not as a kernel can be"
@@ -73,7 +73,7 @@ Where the time goes (`python -m kernel phases`: a build of its own with clocks, 
 mean over the blocks: phases of math warpgroup 0, which add up to an SM's time, and operands, which the producer keeps
 and which goes on beside them. What each one is stands in kernel/phases.py. The table cannot see the dispatch warps and
 the scout, which keep no clock, nor launch and ramp, which are spread over the phases. SM clock: the most cycles of an
-SM over the launch, so at least that. The sweep's clock, clock_mhz of its JSON, is {clock}."""
+SM over the launch, so at least that."""
 PHASE_LINES = ("prologue", "wait", "operands", "l1", "l1 epilogue", "l2", "l2 epilogue", "meet", "combine")
 KEEPERS = ("math 0", "producer")
 """Roles whose phases are shown: of the first that keeps one."""
@@ -93,7 +93,10 @@ def render(results: Results) -> str:
         return NOTHING
     rows = {name: chosen(results, name) for name in POINTS}
     rows["dense"] = derived.dense(results["dense"]["rows"]) if "dense" in results else []
-    parts = [_paragraph(_provenance(results)), _paragraph(LEGEND.format(yardstick=_yardstick(rows["dense"])))]
+    parts = [
+        _paragraph(_provenance(results)),
+        _paragraph(LEGEND.format(yardstick=_yardstick(rows["dense"]), clock=CLOCK)),
+    ]
     for preset in dict.fromkeys(row["preset"] for row in rows["sweep"]):
         table = _preset(rows, preset)
         folded = f"<details>\n<summary>{preset}</summary>\n\n{table}\n\n</details>"
@@ -103,7 +106,7 @@ def render(results: Results) -> str:
     parts += [_paragraph(said)] if (said := _baseline(results, rows["baseline"])) else []
     parts += [_paragraph(DENSE), _dense(rows["dense"])] if rows["dense"] else []
     if "phases" in results:
-        parts += [_paragraph(PHASES.format(clock=CLOCK)), *_phases(results["phases"]["rows"])]
+        parts += [_paragraph(PHASES), *_phases(results["phases"]["rows"])]
     alone = "--no-yardsticks" in results.get("distinct", {}).get("command", "")
     return "\n\n".join([*parts, _paragraph(MISSES + NO_YARDSTICKS * alone), _targets(rows)])
 

@@ -139,7 +139,7 @@ inline void tma_load_2d(void* target, const TensorMap& map, u64* barrier, int co
     });
     emu::yield();
 }
-inline bool elect_one() { return __syncwarp(), threadIdx.x % 32 == 0; }
+inline bool elect_one() { return __syncwarp(), threadIdx.x % 32 == 31; }  // whichever: nothing may rest on it
 inline void prefetch_l1(const void*) {}
 inline void prefetch_tensor_map(const TensorMap&) {}
 inline void bulk_load(void* target, const void* source, u32 bytes, u64* barrier) {
