@@ -259,6 +259,8 @@ FAULTS = (
     Fault("finished-early", "&finished, gemm::kMathWarps)", "&finished, 1)", f"{ANY_STAGE}|{NO_END}", seeds=RACES),
     Fault("other-rows-entry", "        index -= count;\n", "", "a routed row", narrow(2, (60,))),
     Fault("other-experts-entry", "expert_of_entry[first + lane] == expert", "true", "a routed row", narrow(2, (60,))),
+    Fault("flip-early", "kFlip - (r.blocks - 1)", "kFlip", f"{ANY_STAGE}|{NO_END}", narrow(2, (60,)),
+          seeds=(7, *RACES)),
     Fault("flip-late", "kFlip - (r.blocks - 1)", "kFlip - r.blocks", NO_END, narrow(2, (60,))),
     Fault("last-by-count", "& ~kFlip) == r.blocks - 1", "& ~kFlip) == r.blocks - 2", f"{ANY_STAGE}|{NO_END}|a routed",
           narrow(2, (513,)), seeds=(7, *RACES)),
