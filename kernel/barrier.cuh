@@ -139,8 +139,8 @@ __device__ __forceinline__ bool wait_in_time(const layout::Rank& r, u64* mbarrie
     });
 }
 
-// Waits for a copy that this thread has started, and does not leave it behind before time is up. In steps of 2^20 ns, about a
-// millisecond, and at least the limit: dispatch has few registers.
+// Waits for a copy that this thread has started, and does not leave it behind before time is up. The limit is counted in steps of
+// 2^20 ns, about a millisecond, and rounded up: dispatch has few registers.
 __device__ __forceinline__ bool wait_copy(const layout::Rank& r, u64* arrived, u32 parity) {
     constexpr u32 kStep = 20;
     if (ptx::mbarrier_try_wait(arrived, parity)) return true;

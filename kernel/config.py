@@ -13,7 +13,7 @@ THRESHOLDS = (64, 128)
 THREADS = 384
 TURN_N = 128
 """`kTurnN` of gemm.cuh: weight rows of a half tile, and of one chain of a math warpgroup."""
-DISPATCH_WARPS, TRANSIT_BYTES = 2, 4096
+DISPATCH_WARPS, TRANSIT_BYTES = 2, 8192
 """`kDispatchWarps` of storage.cuh and `kChunk` of dispatch.cuh."""
 FEW_SLOTS = 1024
 """`kFewSlots` of dispatch.cuh: slots, empty ones included, up to which the blocks of a rank alone do not meet first."""

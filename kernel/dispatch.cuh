@@ -13,7 +13,7 @@ __device__ __forceinline__ void each_active_slot(const layout::Rank& r, Visit vi
         if (r.active(topk_idx[entry])) visit(entry, static_cast<u32>(topk_idx[entry]));
 }
 
-// Whether each block counts for itself: of a rank alone with few slots, where nobody then has to be met before rows travel.
+// Whether each block counts for itself: those of a rank alone with few slots do, and meet nobody before rows travel.
 constexpr u32 kFewSlots = 1024;
 constexpr u16 kNobody = 0xFFFF;
 __device__ __forceinline__ bool counts_alone(const layout::Rank& r) {
@@ -80,7 +80,7 @@ __device__ __forceinline__ void publish(const layout::Rank& r) {
 }
 
 constexpr u32 kLost = 2;      // instead of a parity: a copy did not arrive
-constexpr u32 kChunk = 4096;  // bytes of a row that travel at a time
+constexpr u32 kChunk = 8192;  // bytes of a row that travel at a time: rows of most models in one step
 
 // Where one warp's rows pass through shared memory: the copies are asynchronous, so they cost no registers and few cycles.
 struct Transit {
@@ -109,26 +109,31 @@ __device__ __forceinline__ bool pull_row(const layout::Rank& r, const scheduler:
     const u32 token = entry / s.topk, slot = entry % s.topk;
     const float* from_sf = r.at<float>(source, l.x_sf) + static_cast<u64>(token) * (s.hidden / 128);
     float* to_sf = r.mine<float>(l.l1_acts_sf) + ring_row;
+    const u8* from = r.at<u8>(source, l.x) + static_cast<u64>(token) * s.hidden;
+    u8* to = r.mine<u8>(l.l1_acts) + ring_row * s.hidden;
+    const auto load = [&](u32 offset) {
+        const u32 bytes = min(kChunk, s.hidden - offset);
+        ptx::mbarrier_arrive_expect(&transit.arrived, bytes);
+        ptx::bulk_load(transit.chunk, from + offset, bytes, &transit.arrived);
+        return bytes;
+    };
+    u32 bytes = 0;
+    if (carrier.elected) bytes = load(0);
+    for (u32 i = lane; i < s.hidden / 128; i += 32) to_sf[static_cast<u64>(i) * s.ring_rows] = from_sf[i];
     if (carrier.elected) {
-        const u8* from = r.at<u8>(source, l.x) + static_cast<u64>(token) * s.hidden;
-        u8* to = r.mine<u8>(l.l1_acts) + ring_row * s.hidden;
-        for (u32 offset = 0; offset < s.hidden; offset += kChunk, carrier.parity ^= 1) {
-            const u32 bytes = min(kChunk, s.hidden - offset);
-            ptx::mbarrier_arrive_expect(&transit.arrived, bytes);
-            ptx::bulk_load(transit.chunk, from + offset, bytes, &transit.arrived);
-            if (offset == 0) {
-                r.mine<uint2>(l.pool_source)[row] = make_uint2(source, r.slot_index(token, slot));
-                r.mine<float>(l.pool_weight)[row] = r.at<float>(source, l.topk_weights)[entry];
-            }
+        r.mine<uint2>(l.pool_source)[row] = make_uint2(source, r.slot_index(token, slot));
+        r.mine<float>(l.pool_weight)[row] = r.at<float>(source, l.topk_weights)[entry];
+        for (u32 offset = 0;; bytes = load(offset)) {
             if (!barrier::wait_copy(r, &transit.arrived, carrier.parity)) {
                 carrier.parity = kLost;
                 break;
             }
+            carrier.parity ^= 1;
             ptx::bulk_store(to + offset, transit.chunk, bytes);
             ptx::bulk_store_wait();
+            if ((offset += bytes) >= s.hidden) break;
         }
     }
-    for (u32 i = lane; i < s.hidden / 128; i += 32) to_sf[static_cast<u64>(i) * s.ring_rows] = from_sf[i];
     return __ballot_sync(0xFFFFFFFFu, carrier.parity == kLost) == 0;
 }
 

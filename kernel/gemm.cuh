@@ -87,7 +87,7 @@ __device__ __forceinline__ void scale_factors(float (&scale)[2][2], const float 
 }
 
 // One fma an output. Lanes hold column pairs 8 j + 2 q of two rows, see ptx.cuh. Scale after scale: a register that the next
-// fma reads too is kept for it, and leaves the sums' bank alone. In the order of the sums the compiler keeps none.
+// fma reads too is kept for it, and leaves the sums' bank alone. In the order of the sums GEMM 1's first turn kept none.
 __device__ __forceinline__ void promote(float (&sum)[kSums], const float (&acc)[kSums], const float (&scale)[2][2]) {
 #pragma unroll
     for (u32 pair = 0; pair < 4; ++pair) {
@@ -107,7 +107,8 @@ __device__ __forceinline__ void release(u64* empty) {
 
 // A tile by one math warpgroup, kBlockK columns after kBlockK columns, `blocks` times. One chain is in flight at a time, the
 // other warpgroup multiplies while this one promotes; whatever a chain does not need happens while one is in flight, so
-// that between two chains of a warpgroup there are only fmas.
+// that between two chains of a warpgroup there are only fmas. But a stage is released as soon as its last chain has ended,
+// before that chain's fmas: how many bytes are on their way is what the multiplies wait for.
 //   kInterleaved: w_sf has the scales of gate and up columns, which alternate by 8; otherwise those of the two turns.
 //   wait(full, parity): until a stage is full; false gives up.   weights(w_sf, b): loads the scales of K block b.
 template <bool kInterleaved, u32 kGroup, u32 kTurns, typename Wait, typename Weights>
@@ -135,7 +136,6 @@ __device__ __forceinline__ bool multiply_turns(float (&sum)[2][kSums], Ring& rin
     weights(now.w_sf, 0);
     if (!wait(&ring.full[place.index], place.parity)) return false;
     load(now);
-    u32 used = kStages;  // the stage before, to be released; kStages: none
     bool going = true;
     for (u32 b = 0; b < blocks; ++b) {
         const u32 stage = place.index;
@@ -146,11 +146,7 @@ __device__ __forceinline__ bool multiply_turns(float (&sum)[2][kSums], Ring& rin
                 start_chain<kGroup>(acc, now.desc_a, now.desc_b + (turn * kTurnN * kBlockK >> 4), g);
                 float scale[2][2];
                 scale_factors(scale, now.a_sf[g], now.w_sf[kInterleaved ? 0 : turn], now.w_sf[kInterleaved ? 1 : turn]);
-                if (turn == 0 && g == 0) {
-                    if (used != kStages) release(&ring.empty[used]);
-                    used = stage;
-                    if (b + 1 < blocks) weights(next.w_sf, b + 1);
-                }
+                if (turn == 0 && g == 0 && b + 1 < blocks) weights(next.w_sf, b + 1);
                 if (turn == kTurns - 1 && g == kGroups - 1) {
                     place.advance();
                     if (b + 1 < blocks) {
@@ -159,13 +155,13 @@ __device__ __forceinline__ bool multiply_turns(float (&sum)[2][kSums], Ring& rin
                     }
                 }
                 finish_chain(acc);
+                if (turn == kTurns - 1 && g == kGroups - 1) release(&ring.empty[stage]);
                 promote(sum[turn], acc, scale);
             }
         }
         if (!going) return false;
         now = next;
     }
-    release(&ring.empty[used]);
     return true;
 }
 

@@ -4,7 +4,8 @@
 
 namespace phase {
 
-// Roles 0: producer, 1 and 2: the math warpgroups; one thread of each keeps the clock.
+// Roles 0: producer, 1 and 2: the math warpgroups; one thread of each keeps the clock, for the
+// producer thread 0, which is also the one that elect.sync chooses.
 enum Phase : u32 { kPrologue, kWait, kOperands, kLoad, kL1, kL1Epilogue, kL2, kL2Epilogue, kMeet, kCombine, kPhases };
 
 #ifdef PHASES

@@ -102,11 +102,14 @@ __device__ __forceinline__ bool produce(const layout::Rank& r, SharedStorage& s,
     const u32 rows = (task.rows + kBoxRows - 1) / kBoxRows * kBoxRows;
     const u32 bytes = (rows + task.columns) * gemm::kBlockK + kGroups * kBlockM * 4;
 
+    const bool once = scheduler::weights_once(shape, s.plan.first_block[shape.experts_local]);
     const auto load_weights = [&](u32 i, const gemm::Place& at) {
         if (!wait_stage(r, &ring.empty[at.index], at.parity ^ 1)) return false;
         ptx::mbarrier_arrive_expect(&ring.full[at.index], bytes);
-        ptx::bulk_load(ring.stages[at.index].b, r.half_tile(b, task.expert, n, task.first_column, i, blocks),
-                       task.columns * gemm::kBlockK, &ring.full[at.index]);
+        const u8* tile = r.half_tile(b, task.expert, n, task.first_column, i, blocks);
+        const u32 size = task.columns * gemm::kBlockK;
+        if (once) ptx::bulk_load_once(ring.stages[at.index].b, tile, size, &ring.full[at.index]);
+        else ptx::bulk_load(ring.stages[at.index].b, tile, size, &ring.full[at.index]);
         return true;
     };
     u32 ahead = 0;

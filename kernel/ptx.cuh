@@ -246,6 +246,16 @@ __device__ __forceinline__ void bulk_load(void* target, const void* source, u32 
         : "memory");
 }
 
+// The same of bytes that nobody reads again soon: L2 gives up their lines first.
+__device__ __forceinline__ void bulk_load_once(void* target, const void* source, u32 bytes, u64* barrier) {
+    asm volatile(
+        "{\n.reg .b64 policy;\ncreatepolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], policy;\n}" ::"r"(
+            shared_address(target)),
+        "l"(source), "r"(bytes), "r"(shared_address(barrier))
+        : "memory");
+}
+
 // `bytes` (a multiple of 16) of shared memory to plain memory, as part of this thread's bulk group.
 __device__ __forceinline__ void bulk_store(void* target, const void* source, u32 bytes) {
     asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(target), "r"(shared_address(source)),

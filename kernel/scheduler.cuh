@@ -19,11 +19,18 @@ __device__ __forceinline__ u32 l2_width(const Shape& s, u32 pool_blocks, u32 blo
     return pool_blocks <= kFewBlocks && fewer ? kTurnN : kBlockN;
 }
 
+// Whether L2 gives up the lines of weights before all others: where the weights of all pool blocks are few bytes. Of more it
+// chooses better itself (kernel/results/log.md).
+constexpr u64 kOnceBytes = 320 << 20;
+__device__ __forceinline__ bool weights_once(const Shape& s, u32 pool_blocks) {
+    return static_cast<u64>(pool_blocks) * 3 * s.hidden * s.intermediate <= kOnceBytes;
+}
+
 // What every block of a rank derives from the received counts, in shared memory.
 struct Plan {
     u32 first_block[kMaxExperts + 1];  // [E_loc + 1]: first pool block of each local expert; the end
     u32 rows[kMaxExperts];             // [E_loc]: rows of each local expert
-    u32 first_row[kMaxExperts];        // [E_loc][R]: rows of an expert from the ranks before
+    u32 first_row[kMaxExperts];        // [E_loc][R]: rows of an expert from the ranks before; not where a rank counts alone
     u32 l2_width;                      // columns of a tile of GEMM 2
 };
 

@@ -20,6 +20,10 @@ FEW_BLOCKS = 16
 """Up to so many pool blocks tiles of GEMM 2 may all be half as wide."""
 
 
+ONCE_BYTES = 320 << 20
+"""Up to so many bytes of weights, of all pool blocks together, L2 gives up their lines before all others."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """What every block of a rank derives from the received counts, on its own and alike."""
@@ -63,6 +67,11 @@ def l2_width(hidden: int, pool_blocks: int, blocks: int) -> int:
     """
     wide, halves = (-(-pool_blocks * -(-hidden // width) // blocks) for width in (BLOCK_N, TURN_N))
     return TURN_N if pool_blocks <= FEW_BLOCKS and halves < 2 * wide else BLOCK_N
+
+
+def weights_once(hidden: int, intermediate: int, pool_blocks: int) -> bool:
+    """Whether L2 is told that nobody reads the weights again. No bit depends on it, only when a line leaves L2."""
+    return pool_blocks * 3 * hidden * intermediate <= ONCE_BYTES
 
 
 def make_plan(counts: Sequence[Sequence[int]], hidden: int, blocks: int) -> Plan:

@@ -59,6 +59,10 @@ def narrow(experts: int, tokens: tuple[int, ...], topk: int = 2, **recipe: objec
     return Case(shape, tokens, recipe=Recipe(**recipe))
 
 
+LONG = Case(Shape("long", hidden=8320, intermediate=128, experts=2, topk=1), (3, 2))
+"""Rows that travel in two steps."""
+
+
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize(
     ("case", "ring"),
@@ -72,8 +76,20 @@ def narrow(experts: int, tokens: tuple[int, ...], topk: int = 2, **recipe: objec
         (narrow(2, (150,)), None),
         (narrow(2, (513,)), None),
         (narrow(6, (0, 9, 70), topk=3, silu="precise", clamp=None), None),
+        (LONG, None),
     ],
-    ids=["recycled", "full", "ranks", "per128", "per128_recycled", "per128_uneven", "rows", "announced", "uneven"],
+    ids=[
+        "recycled",
+        "full",
+        "ranks",
+        "per128",
+        "per128_recycled",
+        "per128_uneven",
+        "rows",
+        "announced",
+        "uneven",
+        "long",
+    ],
 )
 def test_no_interleaving_changes_a_bit(case: Case, ring: int | None, seed: int) -> None:
     proof(case, ring, seed=seed, blocks=1 + seed % 3)
@@ -229,6 +245,7 @@ GEMM_2_LATE = (
 """Operands of GEMM 2 are read late in one block: 300,000 steps."""
 ANY_STAGE = "l1_acts|l2_acts|slots|y|written"
 NO_END = "deadlock|no end|rank "
+RELEASE = "                if (turn == kTurns - 1 && g == kGroups - 1) release(&ring.empty[stage]);\n"
 FAULTS = (
     Fault("group-size", "factor = pow2(-e)", "factor = pow2(-e - 1)", "l2_acts"),
     Fault("scale-stride", "* shape.ring_rows, kBlockM * 4, full", "* kBlockM, kBlockM * 4, full", "l2_acts"),
@@ -249,9 +266,9 @@ FAULTS = (
     Fault("parity", "&s.handover.wanted, i & 1, i,", "&s.handover.wanted, 0, i,", NO_END),
     Fault("registers", "more_registers<224>", "more_registers<232>", "deadlock"),
     Fault("registers-back-early", MEET, "    if (math)", NO_END, narrow(2, (60,)), seeds=(29, *RACES)),
-    Fault("stage-early", "if (used != kStages) release(&ring.empty[used]);\n                    used = stage;",
-          "release(&ring.empty[stage]);", ANY_STAGE, seeds=RACES,
-          also=("        now = next;\n    }\n    release(&ring.empty[used]);", "        now = next;\n    }")),
+    Fault("stage-early", f"finish_chain(acc);\n{RELEASE}", f"{RELEASE}finish_chain(acc);", ANY_STAGE, seeds=RACES),
+    Fault("stage-twice", RELEASE, RELEASE.replace(" && g == kGroups - 1", ""), f"{ANY_STAGE}|{NO_END}", seeds=RACES),
+    Fault("rest-of-row", "if ((offset += bytes) >= s.hidden) break;", "break;", "l1_acts|a routed row", LONG),
     Fault("rows-early", "kBlockRows, task.rows);", "kBlockRows, 1);", ANY_STAGE, narrow(2, (60,)), seeds=RACES),
     Fault("columns-early", "L1Turns, scheduler::l1_turns(r.p.shape));", "L1Turns, 1);", ANY_STAGE, seeds=(1, *RACES)),
     Fault("ring-acts-early", "if (block < r.p.shape.ring_blocks) return true;", "return true;", ANY_STAGE, **RECYCLED),

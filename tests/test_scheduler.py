@@ -85,6 +85,26 @@ def test_the_width_of_gemm_2(pool_blocks: int, hidden: int, blocks: int, width: 
     assert scheduler.l2_width(hidden, pool_blocks, blocks) == width
 
 
+@pytest.mark.parametrize(
+    ("pool_blocks", "hidden", "inter", "once"),
+    [
+        (0, 4096, 2048, True),
+        (6, 4096, 2048, True),
+        (13, 4096, 2048, True),
+        (14, 4096, 2048, False),  # 336 MiB
+        (5, 7168, 3072, True),  # 315 MiB
+        (6, 7168, 3072, False),
+        (1 << 20, 1 << 20, 1 << 20, False),  # beyond 2^32, and 2^64 / 16
+    ],
+)
+def test_whose_weights_are_read_once(
+    compiled: ctypes.CDLL, pool_blocks: int, hidden: int, inter: int, once: bool
+) -> None:
+    assert scheduler.weights_once(hidden, inter, pool_blocks) == once
+    shape = KernelShape(hidden=hidden, intermediate=inter)
+    assert bool(compiled.once(ctypes.byref(shape), pool_blocks)) == once
+
+
 @given(COUNTS | MANY, COLUMNS, COLUMNS, BLOCKS)
 def test_every_tile_is_a_task_once(counts: list[list[int]], hidden: int, intermediate: int, blocks: int) -> None:
     plan = scheduler.make_plan(counts, hidden, blocks)
@@ -169,6 +189,7 @@ extern "C" u32 tasks(const Shape* shape, const u32* rows, u32 blocks, u32* out) 
         if (scheduler::task_of(r, plan, tile + more, task), task.rows) return ~0u;
     return tile;
 }
+extern "C" u32 once(const Shape* shape, u32 pool_blocks) { return scheduler::weights_once(*shape, pool_blocks); }
 extern "C" void share(u32 warpgroup, u32 rows, u32 columns, u32* out) {
     const gemm::Share found = gemm::share_of(warpgroup, rows, columns);
     out[0] = found.first_row, out[1] = found.first_column, out[2] = found.turns;

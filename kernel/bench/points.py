@@ -19,7 +19,7 @@ from kernel.bench.timer import REGIMES
 from kernel.build import FOLDER
 from kernel.roofline import CHIPS, RANKS
 from quant.recipe import SHAPES, Shape
-from reference.scheduler import l2_width
+from reference.scheduler import l2_width, weights_once
 
 PEERS: dict[str, Any] = json.loads((FOLDER / "peers_h200.json").read_text())
 """What public kernels took on an H200."""
@@ -118,26 +118,27 @@ def default_tokens(name: str, shape: Shape) -> list[int]:
     return sorted(powers | measured | set(sides(shape, config.THRESHOLDS)) | set(turns(shape)))
 
 
-def schedule(shape: Shape, tokens: int) -> tuple[int, bool, bool, bool]:
-    """What the schedule of the folded routing depends on: GEMM 2's width, more than one group, a ring taken again, and
-    whether the blocks meet before rows travel."""
+def schedule(shape: Shape, tokens: int) -> tuple[int, bool, bool, bool, bool]:
+    """What the schedule of the folded routing depends on: GEMM 2's width, more than one group, a ring taken again,
+    whether the blocks meet before rows travel, and whether weights stay in L2 as long as other bytes."""
     experts = shape.experts_per_rank(RANKS)
     counts = torch.bincount(ROUTINGS["folded"](tokens, experts, shape.topk, 0).flatten(), minlength=experts)
     blocks = int((-(-counts // config.BLOCK_M)).sum())
     met = tokens * shape.topk > config.FEW_SLOTS
-    return l2_width(shape.hidden, blocks, SMS), blocks > config.GROUP_BLOCKS, blocks > config.RING_BLOCKS, met
+    stay = not weights_once(shape.hidden, shape.intermediate, blocks)
+    return l2_width(shape.hidden, blocks, SMS), blocks > config.GROUP_BLOCKS, blocks > config.RING_BLOCKS, met, stay
 
 
 @cache
 def turns(shape: Shape) -> tuple[int, ...]:
     """The last T before and the first T after each change of `schedule`, up to CAPACITY.
 
-    The width may go to and fro while blocks are few; then more groups, a full ring and a meeting come once.
+    The width may go to and fro while blocks are few; all else comes once.
     """
     found, few = set(), [schedule(shape, t) for t in range(1, FEW_TOKENS + 1)]
     for t, (before, after) in enumerate(pairwise(few), 1):
         found |= {t, t + 1} if before != after else set()
-    for changed in (1, 2, 3):
+    for changed in (1, 2, 3, 4):
         low, high = FEW_TOKENS, CAPACITY
         if few[-1][changed] or not schedule(shape, high)[changed]:
             continue

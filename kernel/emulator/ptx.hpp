@@ -149,6 +149,9 @@ inline void bulk_load(void* target, const void* source, u32 bytes, u64* barrier)
     });
     emu::yield();
 }
+inline void bulk_load_once(void* target, const void* source, u32 bytes, u64* barrier) {
+    bulk_load(target, source, bytes, barrier);
+}
 inline void bulk_store(void* target, const void* source, u32 bytes) {
     emu::Fiber* fiber = emu::machine->current;
     fiber->stores_under_way += 1;

@@ -18,7 +18,7 @@ SHARED = {
     "layout": {"ring_row", "slot_row", "recv_count", "recv_list"},
     "scheduler": {
         *("Plan", "blocks_of", "make_plan", "expert_of", "rows_in_block"),
-        *("l2_width", "Task", "l1_turns", "l2_turns", "task_of", "next_tile"),
+        *("l2_width", "weights_once", "Task", "l1_turns", "l2_turns", "task_of", "next_tile"),
     },
     "dispatch": {"pull"},
     "swiglu": {"activate"},
