@@ -18,10 +18,8 @@ GROUP_BLOCKS = 24
 """Pool blocks of a group: GEMM 2 of a group comes after GEMM 1 of the next."""
 FEW_BLOCKS = 16
 """Up to so many pool blocks tiles of GEMM 2 may all be half as wide."""
-
-
 ONCE_BYTES = 320 << 20
-"""Up to so many bytes of weights, of all pool blocks together, L2 gives up their lines before all others."""
+"""Up to so many bytes of weights, an expert's counted for each of its blocks, L2 gives up their lines before others."""
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,7 @@ def test_both_sides_of_every_change_of_the_schedule(preset: str) -> None:
     assert all(b == a + 1 and {a, b} <= tokens for a, b in changes)
     assert {states[1:3] for states in seen.values()} == {(False, False), (True, False), (True, True)}
     assert {states[3] for states in seen.values()} == {False, True}
+    assert {states[4] for states in seen.values()} == ({True} if preset == "dsv4_pro" else {False, True})
 
 
 @given(

@@ -225,6 +225,8 @@ class Fault:
     """Of the interleavings that are tried, until one shows it."""
     also: tuple[str, str] | None = None
     """Another place that has to change with it."""
+    timeout_steps: int = 1_000_000
+    """Of a role that waits in vain; below `most_steps`, so that it says so."""
 
     def change(self, text: str) -> str:
         for old, new in filter(None, ((self.old, self.new), self.also)):
@@ -272,7 +274,8 @@ FAULTS = (
     Fault("rows-early", "kBlockRows, task.rows);", "kBlockRows, 1);", ANY_STAGE, narrow(2, (60,)), seeds=RACES),
     Fault("columns-early", "L1Turns, scheduler::l1_turns(r.p.shape));", "L1Turns, 1);", ANY_STAGE, seeds=(1, *RACES)),
     Fault("ring-acts-early", "if (block < r.p.shape.ring_blocks) return true;", "return true;", ANY_STAGE, **RECYCLED),
-    Fault("ring-l2-early", "if (ready && task.block >= ring)", "if (0)", ANY_STAGE, **RECYCLED, also=GEMM_2_LATE),
+    Fault("ring-l2-early", "if (ready && task.block >= ring)", "if (0)", ANY_STAGE, **RECYCLED, also=GEMM_2_LATE,
+          timeout_steps=3_000_000),
     Fault("finished-early", "&finished, gemm::kMathWarps)", "&finished, 1)", f"{ANY_STAGE}|{NO_END}", seeds=RACES),
     Fault("other-rows-entry", "        index -= count;\n", "", "a routed row", narrow(2, (60,))),
     Fault("other-experts-entry", "expert_of_entry[first + lane] == expert", "true", "a routed row", narrow(2, (60,))),
@@ -291,7 +294,7 @@ def test_a_fault_in_the_sources_is_convicted(fault: Fault) -> None:
     problem = prepared(fault.case)
     emulator.source(change=fault.change)  # a place that is not there is no conviction
     for seed in fault.seeds:
-        run = emulator.Run(seed=seed, change=fault.change, timeout_steps=3_000_000, most_steps=8_000_000)
+        run = emulator.Run(seed=seed, change=fault.change, timeout_steps=fault.timeout_steps, most_steps=8_000_000)
         try:
             prove(EmulatedAdapter(fault.ring, run), *problem)
         except Convicted as error:

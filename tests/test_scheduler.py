@@ -92,6 +92,8 @@ def test_the_width_of_gemm_2(pool_blocks: int, hidden: int, blocks: int, width: 
         (6, 4096, 2048, True),
         (13, 4096, 2048, True),
         (14, 4096, 2048, False),  # 336 MiB
+        (6826, 128, 128, True),  # 48 KiB each
+        (6827, 128, 128, False),
         (5, 7168, 3072, True),  # 315 MiB
         (6, 7168, 3072, False),
         (1 << 20, 1 << 20, 1 << 20, False),  # beyond 2^32, and 2^64 / 16
