@@ -16,12 +16,14 @@ from torch import Tensor
 
 from quant import atoms, lanes, tables
 from quant.formats import F32_NAN
-from quant.philox import MULTIPLIERS, ROUNDS, WEYL, check, check_lut
+from quant.philox import check, check_lut
 
 NAME = f"numba {numba.__version__} on the CPU"
 
 _compiled = njit(cache=True, nogil=True, error_model="numpy", fastmath=False)
 _STEP = atoms.K_STEP
+_SIDE = 4
+"""Outputs of a row side by side: a step waits for the one before it, and meanwhile the core works on the others."""
 
 
 # --- the FP8 tensor core ----------------------------------------------------------------------------------------------
@@ -33,16 +35,16 @@ def _pow2(e):
 
 
 @_compiled
-def _step(c, emax, a_value, i, b_value):
+def _step(c, emax, a_value, i, b_value, j):
     """One k32 step on a finite c, given the largest exponent of the products: atoms.wgmma_e4m3's rule."""
     bits = np.float32(c).view(np.int32)
-    if emax < -100:  # no product: c alone, cut to 13 fraction bits; zero is +0
+    if emax < -12:  # no product: c alone, cut to 13 fraction bits; zero is +0
         kept = np.int32(bits & ~np.int32(0x3FF))
         return np.int32(0 if (kept & 0x7FFFFFFF) == 0 else kept).view(np.float32)
     if c != 0:
         emax = max(emax, np.int32(max((bits >> 23) & 0xFF, 1) - 127))
     scale = _pow2(13 - emax)  # emax >= -12 here: no overflow; a cast to integer cuts toward zero, as the chip does
-    total = np.int32(lanes.cut_sum(a_value, i, b_value, scale) + np.int32(c * scale))
+    total = np.int32(lanes.cut_sum(a_value, i, b_value, j, scale) + np.int32(c * scale))
     kept = np.float32(total).view(np.int32) & ~np.int32(0x3FF)  # 14 significant bits
     return np.int32(kept).view(np.float32) * _pow2(emax - 13)
 
@@ -52,25 +54,30 @@ def _chain(a, b, acc):
     """acc = chain of k32 steps over the whole depth, in place; a uint8 [M, K], b uint8 [N, K], acc float32 [M, N]."""
     rows, depth = a.shape
     a_value = np.empty(rows * depth, np.float32)
-    a_exponent = np.empty(rows * depth, np.int32)
+    a_exponent = np.empty(rows * depth, np.int8)
     a_nan = np.zeros(rows, np.bool_)
     for m in range(rows):
         for k in range(0, depth, _STEP):
             a_nan[m] |= lanes.decode(a[m], k, a_value, a_exponent, m * depth + k)
-    b_value = np.empty(_STEP, np.float32)
-    b_exponent = np.empty(_STEP, np.int32)
-    for n in range(b.shape[0]):
-        b_nan = False
+    b_value = np.empty(_SIDE * _STEP, np.float32)
+    b_exponent = np.empty(_SIDE * _STEP, np.int8)
+    b_nan = np.empty(_SIDE, np.bool_)
+    for first in range(0, b.shape[0], _SIDE):
+        side = min(_SIDE, b.shape[0] - first)
+        b_nan[:] = False
         for k in range(0, depth, _STEP):
-            b_nan |= lanes.decode(b[n], k, b_value, b_exponent, 0)
+            for j in range(side):
+                b_nan[j] |= lanes.decode(b[first + j], k, b_value, b_exponent, j * _STEP)
             for m in range(rows):
-                c = acc[m, n]
-                if np.isfinite(c):
-                    emax = lanes.max_exponent(a_exponent, m * depth + k, b_exponent)
-                    acc[m, n] = _step(c, emax, a_value, m * depth + k, b_value)
+                for j in range(side):
+                    c = acc[m, first + j]
+                    if np.isfinite(c):
+                        emax = lanes.max_exponent(a_exponent, m * depth + k, b_exponent, j * _STEP)
+                        acc[m, first + j] = _step(c, emax, a_value, m * depth + k, b_value, j * _STEP)
         for m in range(rows):
-            if a_nan[m] or b_nan or np.isnan(acc[m, n]):
-                acc[m, n] = np.uint32(F32_NAN).view(np.float32)
+            for j in range(side):
+                if a_nan[m] or b_nan[j] or np.isnan(acc[m, first + j]):
+                    acc[m, first + j] = np.uint32(F32_NAN).view(np.float32)
 
 
 def wgmma_chain(a: Tensor, b: Tensor, c: Tensor | None = None) -> Tensor:
@@ -322,20 +329,11 @@ def decode_bf16(x: Tensor) -> Tensor:
 @_compiled
 def _philox_codes(seed, stream, lut, out):
     """Fills out, 16 bytes a block, through lut; see quant/philox.py."""
-    low = np.uint64(0xFFFFFFFF)
-    shift = np.uint64(32)
-    for block in range(out.size // 16):
-        c0, c1 = np.uint64(block) & low, np.uint64(block) >> shift
-        c2, c3 = stream & low, stream >> shift
-        k0, k1 = seed & low, seed >> shift
-        for _ in range(ROUNDS):
-            p0, p1 = np.uint64(MULTIPLIERS[0]) * c0, np.uint64(MULTIPLIERS[1]) * c2
-            c0, c1, c2, c3 = (p1 >> shift) ^ c1 ^ k0, p1 & low, (p0 >> shift) ^ c3 ^ k1, p0 & low
-            k0, k1 = (k0 + np.uint64(WEYL[0])) & low, (k1 + np.uint64(WEYL[1])) & low
-        base = 16 * block
-        for lane, word in enumerate((c0, c1, c2, c3)):
-            for byte in range(4):
-                out[base + 4 * lane + byte] = lut[(word >> np.uint64(8 * byte)) & np.uint64(0xFF)]
+    raw = np.empty(16 * lanes.BLOCKS, np.uint8)
+    for block in range(0, out.size // 16, lanes.BLOCKS):
+        lanes.philox(seed, stream, np.uint64(block), raw)
+        for i in range(min(raw.size, out.size - 16 * block)):
+            out[16 * block + i] = lut[raw[i]]
 
 
 def codes(seed: int, stream: int, count: int, lut: Tensor) -> Tensor:
