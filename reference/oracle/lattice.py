@@ -57,6 +57,9 @@ CODE_UNIT = -9
 """E4M3 values are multiples of 2^-9."""
 ROWS = 1024
 """Weight rows decoded at a time: bounds the memory."""
+OTHER = 2
+SIGNS = np.array([{0: 0, 512: 1, -512: -1}.get(units, OTHER) for units in UNITS.tolist()], dtype=np.int8)
+"""code -> -1, 0, 1, or OTHER where its value is none of these."""
 
 
 def lattice_y(
@@ -114,9 +117,9 @@ def lattice_y(
 def _signs(codes: Tensor, name: str) -> Ints:
     """E4M3 codes that may only be -1, 0 or 1 -> int64."""
     check_codes(codes, name)
-    units = UNITS.numpy()[codes.numpy()]
-    require((units == 0) | (np.abs(units) == 512), f"{name} holds other values than -1, 0 and 1")
-    return units >> 9
+    signs = SIGNS[codes.numpy()]
+    require(signs != OTHER, f"{name} holds other values than -1, 0 and 1")
+    return signs.astype(np.int64)
 
 
 def _exponents(scales: Tensor, name: str) -> Ints:
