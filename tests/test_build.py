@@ -92,7 +92,6 @@ def test_same_source_gives_the_same_cubin_in_another_process() -> None:
     assert other.stdout.strip() == build.build(["probe.cu"], cache=False).sha256
 
 
-@pytest.mark.gpu
 def test_a_second_compilation_is_reported_like_the_first() -> None:
     """Beside a driver NVRTC may have kept the cubin; the gate rests on the report that comes with compiling it."""
     first, second = (build.build_text(PLAIN, cache=False) for _ in range(2))

@@ -303,7 +303,8 @@ def test_a_fault_in_the_sources_is_convicted(fault: Fault) -> None:
     ids=lambda value: getattr(value, "id", f"ring_{value}"),
 )
 def test_the_faults_are_in_sources_that_pass(case: Case, ring: int | None) -> None:
-    assert proof(case, ring).elements > 0
+    """And within the time that a role of a faulty one has."""
+    assert proof(case, ring, timeout_steps=Fault.timeout_steps).elements > 0
 
 
 def test_the_pool_of_registers_is_the_kernels() -> None:
