@@ -16,15 +16,18 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from golden.atomic import replace
+from kernel.code import code_digests
 
 FOLDER = Path(__file__).resolve().parent
 ARCH = "sm_90a"
 NVRTC_VERSION = "13.0.88"
 """The compiler that the pinned cubins come from (CUDA 13.0)."""
 PINS = FOLDER / "cubins.json"
-"""The sha256 of every target's cubin: what was gated without a GPU is what runs."""
+"""Of every target the cubin's sha256, so that what was gated without a GPU is what runs, and the code digest of each
+entry, which measured results name."""
 
 _INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]+"([^"]+)"[ \t]*$', re.MULTILINE)
 _ENTRY = re.compile(r"Compiling entry function '([^']+)'")
@@ -70,6 +73,15 @@ class Built:
     report: Report
     nvrtc: str
     cached: bool
+
+    def code(self, *entries: str) -> dict[str, str]:
+        """Code digests of these entries, or of all."""
+        digests = code_digests(self.cubin, self.report)
+        return {entry: digests[entry] for entry in entries or digests}
+
+    def pin(self) -> dict[str, Any]:
+        """What is pinned of it."""
+        return {"cubin": self.sha256, "code": self.code()}
 
 
 def build(
@@ -203,28 +215,25 @@ def _with_includes(text: str, folder: Path, seen: set[Path], name: str = "text")
     return _INCLUDE.sub(replace, text.replace("#pragma once", ""))
 
 
-def sources_sha256() -> str:
-    """Digest of the kernel's sources, names and bytes: a measured result belongs to one value of it."""
-    digest = hashlib.sha256()
-    for path in sorted([*FOLDER.glob("*.cu"), *FOLDER.glob("*.cuh")]):
-        digest.update(f"{path.name}\0".encode() + path.read_bytes() + b"\0")
-    return digest.hexdigest()
+def pinned_code() -> dict[str, dict[str, str]]:
+    """Target -> entry -> code digest, as they are pinned; needs no compiler."""
+    return {name: pin["code"] for name, pin in json.loads(PINS.read_text())["targets"].items()}
 
 
-def check_pins(digests: Mapping[str, str]) -> None:
-    """Raises BuildError naming the targets whose digest is not the pinned one, and what to do about it."""
+def check_pins(found: Mapping[str, Mapping[str, Any]]) -> None:
+    """Target -> `Built.pin`. Raises BuildError naming those that differ from the pins, and what to do."""
     pins = json.loads(PINS.read_text())
     _check_version(pins["nvrtc"])
-    names = sorted(pins["targets"].keys() | digests.keys())
-    if others := [name for name in names if pins["targets"].get(name) != digests.get(name)]:
+    names = sorted(pins["targets"].keys() | found.keys())
+    if others := [name for name in names if pins["targets"].get(name) != found.get(name)]:
         renew = "after a change of the sources, renew them: python -m kernel build --all --pin"
         raise BuildError(f"cubins of {', '.join(others)} are not those of {PINS.name}; {renew}")
 
 
-def write_pins(digests: Mapping[str, str]) -> None:
-    """Pins the digests. Raises BuildError unless the compiler is the one that pins are of."""
+def write_pins(found: Mapping[str, Mapping[str, Any]]) -> None:
+    """Pins targets, as `check_pins` takes them. Raises BuildError unless the compiler is the one that pins are of."""
     _check_version(NVRTC_VERSION)
-    replace(PINS, (json.dumps({"nvrtc": NVRTC_VERSION, "targets": dict(digests)}, indent=2) + "\n").encode())
+    replace(PINS, (json.dumps({"nvrtc": NVRTC_VERSION, "targets": dict(found)}, indent=2) + "\n").encode())
 
 
 def _check_version(pinned: str) -> None:

@@ -229,7 +229,8 @@ def phases_command(
         points.known("--routing", [routing], ROUTINGS)
         files.check_json(json_path)
         tables = sys.stderr if json_path == files.STDOUT else sys.stdout
-        source, rows = provenance(api.require_device()), []
+        device, rows = api.require_device(), []
+        source = provenance(device, {"phases": compile_phases().code("moe_fast")})
         for row in run(shapes, chosen, routing, repeats, seed):
             print(text(row), file=tables, flush=True)
             rows.append(row)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from kernel import __main__ as cli
+from kernel import dense
 from kernel.bench import dense_rows
 from kernel.bench.timer import WARM_UPS, Timer
 from kernel.build import EnvironmentMissing
@@ -77,7 +78,8 @@ def test_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert status == 0, text
     assert "128x256x384 per 128: 10.0 us, 3 TFLOP/s; cuBLASLt 9.0 us, 3 TFLOP/s" in text
     found = json.loads(path.read_text())
-    assert set(found) == {"what", "device", "driver", "versions", "date", "sources_sha256", "rows"}
+    assert set(found) == {"what", "device", "driver", "versions", "date", "code", "rows"}
+    assert found["code"] == {"dense": dense.compile_dense().code()}
     assert [list(row) for row in found["rows"]] == [FIELDS]
 
 

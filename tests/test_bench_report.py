@@ -13,7 +13,7 @@ from kernel import phases
 from kernel.bench import report, results, sections
 from kernel.bench.rows import CLOCK
 from kernel.bench.targets import TARGETS
-from kernel.build import EnvironmentMissing, sources_sha256
+from kernel.build import EnvironmentMissing, pinned_code
 from tests import command_line
 
 ROW = {"preset": "dsv4_flash", "routing": "folded", "regime": "l2 flushed", "granularity": 64, "T": 1, "us": 74.67}
@@ -24,7 +24,7 @@ RUN = {
     "driver": "580",
     "date": "2026-11-24",
     "versions": {},
-    "sources_sha256": sources_sha256(),
+    "code": {"moe": pinned_code()["moe"]},
 }
 SWEEP = RUN | {"what": "one rank; median of 20, us_spread is half", "method": "profiler", "regime": "l2 flushed"}
 EMPTY = f"# title\n\n{report.START}\n{report.END}\n\nthe end\n"
@@ -338,9 +338,13 @@ class TestCommand:
             ("sweep.json", json.dumps(RUN | {"rows": [ROW]}), "sweep.json is damaged: method, regime, what missing"),
             (
                 "sweep.json",
-                json.dumps(sweep({}) | {"sources_sha256": "0"}),
-                "sweep.json is stale, of other kernel sources",
+                json.dumps(sweep({}) | {"code": {"moe": RUN["code"]["moe"] | {"moe_fast": "0"}}}),
+                "sweep.json is stale: its code of moe_fast of moe is not that of cubins.json; measure again",
             ),
+            ("sweep.json", json.dumps(sweep({}) | {"code": {"gone": {"k": "0"}}}), "stale: its code of k of gone is"),
+            ("sweep.json", json.dumps(sweep({}) | {"code": {}}), "sweep.json is damaged: code names the entries"),
+            ("sweep.json", json.dumps(sweep({}) | {"code": {"moe": {}}}), "sweep.json is damaged: code names the"),
+            ("sweep.json", json.dumps(sweep({}) | {"code": {"moe": "0"}}), "sweep.json is damaged: code names the"),
             ("sweep.json", json.dumps(sweep({}) | {"complete": False}), "sweep.json: the run was cut short"),
             ("sweep.json", json.dumps(sweep({}) | {"failed": ["T=1: no"]}), "or a point failed; measure again"),
             ("sweep.json", json.dumps(sweep({}, {})), "sweep.json has 1 points twice, the first is dsv4_flash T = 1"),

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from kernel import api, dense, stream
+from kernel import api, build, dense, stream
 from kernel.bench import load, sweep, yardsticks
 from kernel.bench.card import Card
 from kernel.bench.points import Options
@@ -205,6 +205,21 @@ def turn(log: Log, monkeypatch: pytest.MonkeyPatch) -> Callable[[Turn], None]:
     monkeypatch.setattr(sweep, "require_device", lambda: SimpleNamespace(name="fake", driver="0"))
     monkeypatch.setattr(sweep, "sampled", lambda device: nullcontext(Card()))
     return use
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({}, {"moe": {"moe_fast"}, "dense": {"dense_128", "dense_64"}, "stream": {"stream_read"}}),
+        ({"granularity": 128}, {"moe_g128": {"moe_fast"}, "dense": {"dense_128"}, "stream": {"stream_read"}}),
+        ({"fast_math": False, "yardsticks": False}, {"moe": {"moe_precise"}}),
+    ],
+    ids=["default", "per 128", "precise, alone"],
+)
+def test_a_result_names_the_code_that_is_launched(options: dict[str, Any], wanted: dict[str, set[str]]) -> None:
+    found = sweep.code(Options({SHAPE.name: SHAPE}, (3,), **options))
+    assert {target: set(own) for target, own in found.items()} == wanted
+    assert all(build.pinned_code()[target][entry] == own[entry] for target, own in found.items() for entry in own)
 
 
 def read(path: Path) -> tuple[list[int], bool, list[str]]:

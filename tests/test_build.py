@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -206,7 +207,7 @@ def test_command_line() -> None:
     assert {row["target"] for row in rows} == set(TARGETS)
     assert {row["entry"] for row in rows if row["target"] == "probes"} == set(probe.ENTRIES)
     fused = {row["target"]: row["shared_dynamic"] for row in rows if row["entry"] == "moe_fast"}
-    assert fused == dict.fromkeys(("moe", "moe_g128"), shared_bytes())
+    assert fused == dict.fromkeys(("moe", "moe_g128", "phases"), shared_bytes())
     assert not report["failed"]
     for wrong in (["build"], ["build", "nonsense"], ["nonsense"], ["build", "twin", "--pin"]):
         assert run_cli(*wrong).returncode == 2, wrong
@@ -219,30 +220,37 @@ def test_another_size_of_shared_memory_does_not_compile() -> None:
             build.build(api.SOURCES, api.ENTRIES, defines=api.defines(64) | {macro: size}, cache=False)
 
 
-def digests() -> dict[str, str]:
-    return {name: target.compile().sha256 for name, target in TARGETS.items()}
+def pins() -> dict[str, dict[str, Any]]:
+    return {name: target.compile().pin() for name, target in TARGETS.items()}
 
 
 def test_cubins_are_the_pinned_ones() -> None:
-    build.check_pins(digests())
+    """And the code digest of each entry, which a result names."""
+    found = pins()
+    build.check_pins(found)
+    assert build.pinned_code() == {name: pin["code"] for name, pin in found.items()}
 
 
 @pytest.mark.gpu
 def test_the_dsv4_flash_gate_runs_the_pinned_cubins() -> None:
     """The GPU machine's NVRTC gives, byte for byte, what was gated without a GPU. The name is for `-k dsv4_flash`."""
     launch.require_device()
-    build.check_pins(digests())
+    build.check_pins(pins())
 
 
 def test_pins_catch_and_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "PINS", tmp_path / "cubins.json")
-    build.write_pins({"one": "a", "two": "b"})
-    build.check_pins({"one": "a", "two": "b"})
+    one, two, three = ({"cubin": name, "code": {"entry": name}} for name in "abc")
+    pinned = {"one": one, "two": two}
+    build.write_pins(pinned)
+    build.check_pins(pinned)
+    assert build.pinned_code() == {"one": {"entry": "a"}, "two": {"entry": "b"}}
     assert [path.name for path in tmp_path.iterdir()] == ["cubins.json"], "no temporary file is left"
-    for other in ({"one": "a", "two": "c"}, {"one": "a"}, {"one": "a", "two": "b", "three": "c"}):
+    other_cubin, other_code = two | {"cubin": "c"}, two | {"code": three["code"]}
+    for other in (pinned | {"two": other_cubin}, pinned | {"two": other_code}, {"one": one}, pinned | {"three": three}):
         with pytest.raises(build.BuildError, match=r"cubins of t\w+ are not .*python -m kernel build --all --pin"):
             build.check_pins(other)
     monkeypatch.setattr(build, "nvrtc_version", lambda: "13.0.1")
     for act in (build.check_pins, build.write_pins):
         with pytest.raises(build.BuildError, match=r"NVRTC is 13\.0\.1 .*install nvidia-cuda-nvrtc==13\.0\.88"):
-            act({"one": "a", "two": "b"})
+            act(pinned)

@@ -11,7 +11,7 @@ from typing import Any
 from kernel.bench import derived
 from kernel.bench.rows import Row
 from kernel.bench.timer import REGIMES
-from kernel.build import sources_sha256
+from kernel.build import PINS, pinned_code
 from kernel.config import GROUP
 
 POINTS = {
@@ -22,7 +22,7 @@ POINTS = {
     "baseline": ("folded", REGIMES["flush"], GROUP),
 }
 """Name of a result -> routing, regime and granularity of the rows that it is read for."""
-RUN = {"device", "driver", "versions", "date", "sources_sha256", "rows"}
+RUN = {"device", "driver", "versions", "date", "code", "rows"}
 """Keys of every result."""
 POINT = {"preset", "T", "routing", "regime", "granularity", "us", "us_spread", "tflops", "hbm_gb_s", "share_floor"}
 POINT |= {"share_read", "share_compute", "grouped_gemms", "ratio_pr323", "ratio_pr383", "ratio_best"}
@@ -58,7 +58,7 @@ def read(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _read_one(path: Path) -> dict[str, Any]:
-    """Of the present sources, whole, with all that is quoted of it. Raises ReportError."""
+    """Of the pinned code, whole, with all that is quoted of it. Raises ReportError."""
     try:
         result = json.loads(path.read_text())
     except ValueError as error:
@@ -75,11 +75,23 @@ def _read_one(path: Path) -> dict[str, Any]:
         if not isinstance(row, dict) or (missing := sorted(COLUMNS[path.stem] - set(row))):
             what = f"{', '.join(missing)} missing" if isinstance(row, dict) else "it is no object"
             raise ReportError(f"{path.name} is damaged: row {number}: {what}")
-    if result["sources_sha256"] != sources_sha256():
-        raise ReportError(f"{path.name} is stale, of other kernel sources: measure again, or delete it")
+    _check_code(path, result["code"])
     if not result.get("complete", True) or result.get("failed"):
         raise ReportError(f"{path.name}: the run was cut short or a point failed; measure again")
     return result
+
+
+def _check_code(path: Path, code: Any) -> None:
+    """Target -> entry -> code digest, each the pinned one. Raises ReportError."""
+    if not (isinstance(code, dict) and code and all(isinstance(own, dict) and own for own in code.values())):
+        raise ReportError(f"{path.name} is damaged: code names the entries of each target that was measured")
+    pinned = pinned_code()
+    measured = [(target, entry, digest) for target, own in code.items() for entry, digest in own.items()]
+    if others := [(t, entry) for t, entry, digest in measured if pinned.get(t, {}).get(entry) != digest]:
+        names = ", ".join(f"{entry} of {target}" for target, entry in others)
+        raise ReportError(
+            f"{path.name} is stale: its code of {names} is not that of {PINS.name}; measure again, or delete it"
+        )
 
 
 def chosen(results: Results, name: str) -> list[Row]:

@@ -19,14 +19,16 @@ from typing import Any
 
 import torch
 
+from kernel import api, dense, stream
 from kernel.bench.card import Card, figures, sampled
 from kernel.bench.load import Layer, Work
 from kernel.bench.points import Options
 from kernel.bench.profiling import write_trace
 from kernel.bench.rows import Point, Row, row
 from kernel.bench.timer import REGIMES, WARM_UPS, Call, Timer
-from kernel.bench.yardsticks import Unfused, Yardsticks, require_baseline
-from kernel.build import EnvironmentMissing, nvrtc_version, sources_sha256
+from kernel.bench.yardsticks import Unfused, Yardsticks, promotions, require_baseline
+from kernel.build import EnvironmentMissing, nvrtc_version
+from kernel.config import GROUP
 from kernel.launch import Device, require_device
 
 KERNEL = "moe_"
@@ -77,18 +79,23 @@ def measure(
     device = require_device()
     if options.baseline or options.check_output_diff:
         require_baseline()
-    timer, found, card, source = Timer(options.profiler, options.repeats), Sweep(), Card(), provenance(device)
+    timer, found, card, source = (
+        Timer(options.profiler, options.repeats),
+        Sweep(),
+        Card(),
+        provenance(device, code(options)),
+    )
 
     def result(complete: bool) -> Result:
         return {
             "what": options.what(),
-            **{name: value for name, value in source.items() if name != "sources_sha256"},
+            **{name: value for name, value in source.items() if name != "code"},
             "regime": ", ".join(REGIMES[name] for name in options.regimes),
             "method": f"{timer.method}; at least {WARM_UPS} launches warm up; "
             "where calls take turns, the second of two flushed launches counts",
             "baseline": found.gemm,
             **figures(card.samples),
-            "sources_sha256": source["sources_sha256"],
+            "code": source["code"],
             "command": options.command(),
             "complete": complete,
             "failed": list(found.failed),
@@ -106,15 +113,26 @@ def measure(
     return result(True)
 
 
-def provenance(device: Device) -> dict[str, Any]:
-    """Where and of what a result is measured."""
+def code(options: Options) -> dict[str, dict[str, str]]:
+    """Target -> entry -> code digest of what a run launches; the baseline's library has a column of its own."""
+    target = "moe" if options.granularity == GROUP else f"moe_g{options.granularity}"
+    silu = "fast" if options.fast_math else "precise"
+    found = {target: api.compile_moe(options.granularity).code(f"moe_{silu}")}
+    if options.yardsticks:
+        gemms = [f"dense_{group}" for group in dict.fromkeys(promotions(options.granularity))]
+        found |= {"dense": dense.compile_dense().code(*gemms), "stream": stream.compile_stream().code("stream_read")}
+    return found
+
+
+def provenance(device: Device, code: dict[str, dict[str, str]]) -> dict[str, Any]:
+    """Where and of what a result is measured; code: target -> entry -> code digest."""
     versions = {"torch": torch.__version__, "cuda": torch.version.cuda, "nvrtc": nvrtc_version()}
     return {
         "device": device.name,
         "driver": device.driver,
         "versions": {**versions, "python": platform.python_version()},
         "date": datetime.date.today().isoformat(),
-        "sources_sha256": sources_sha256(),
+        "code": code,
     }
 
 

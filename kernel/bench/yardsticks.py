@@ -23,6 +23,11 @@ READ, DENSE = "read", {128: "dense_128", 64: "dense_64"}
 """Names of the calls; a promotion's granularity -> its GEMM."""
 
 
+def promotions(granularity: int) -> tuple[int, int]:
+    """Columns of a promotion, of GEMM 1 and of GEMM 2."""
+    return 128, granularity
+
+
 class Yardsticks:
     """A plain bulk read of a load's bytes, and the layer's two GEMMs dense: M = T*K rows and one expert's weights."""
 
@@ -31,8 +36,7 @@ class Yardsticks:
         self._generator = torch.Generator("cuda").manual_seed(layer.seed)  # the layer draws the same without us
         self._data = torch.empty(0, dtype=torch.uint8, device="cuda")
         self._operands: list[tuple[Tensor, Tensor, Tensor]] = []
-        self._groups = 128, layer.granularity
-        """Of both GEMMs: columns of a promotion."""
+        self._groups = promotions(layer.granularity)
 
     def calls(self, load: Load) -> list[Call]:
         """The read, the GEMM promoted per 128 (N = 2I, K = H) and the one per 64 (N = H, K = I).

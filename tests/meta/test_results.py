@@ -1,4 +1,4 @@
-"""Measured results belong to the kernel sources they were measured on, and to the README that quotes them."""
+"""Measured results belong to the code they were measured on, and to the README that quotes them."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
+from kernel import api
 from kernel.bench import report, results, sections
 from kernel.bench.points import PEERS
 from kernel.bench.rows import COLUMNS, Point, row
 from kernel.bench.timer import REGIMES
 from kernel.bench.yardsticks import DENSE, READ
-from kernel.build import sources_sha256
+from kernel.build import pinned_code
 from kernel.roofline import Load
 from quant.recipe import SHAPES
 from tests.meta.runs import ROOT
@@ -25,7 +26,7 @@ GIVEN = {"us_spread", "clock_mhz", "power_w"}
 FOR_128 = "granularity_128"
 
 
-def test_the_results_are_whole_and_of_these_sources() -> None:
+def test_the_results_are_whole_and_of_this_code() -> None:
     """`read` refuses all others."""
     results.read(report.RESULTS)
 
@@ -58,12 +59,37 @@ def test_the_sweep_has_every_column_of_the_tables() -> None:
         assert {(preset, tokens) for preset in PEERS["shapes"] for tokens in sections.TOKENS} <= points
 
 
-def test_runs_that_the_readme_reports_are_of_these_sources() -> None:
-    """Beside times it reports what passed on a GPU, with the digest's first digits: run again, or take it out."""
-    readme = (ROOT / "README.md").read_text()
-    assert set(re.findall(r"with sources `(\w+)`", readme)) <= {sources_sha256()[:12]}
+@pytest.mark.parametrize("name", results.COLUMNS)
+def test_a_result_names_the_code_that_it_measured(name: str) -> None:
+    """Exactly: what is left out can change unseen, and what was not launched must not make a result stale."""
+    found = results.read(report.RESULTS).get(name)
+    if found is None:
+        pytest.skip(f"{name}.json: not measured with this code")
+    wanted: dict[str, set[str]] = {}
+    for own in found["rows"]:
+        if name == "dense":
+            wanted.setdefault("dense", set()).add(f"dense_{own['group']}")
+        elif name == "phases":
+            wanted["phases"] = {"moe_fast"}
+        else:
+            fused = {64: "moe", 128: "moe_g128"}[own["granularity"]]
+            wanted.setdefault(fused, set()).add(f"moe_{own['silu']}")
+            beside = {column: own[f"{column}_us"] is not None for column in (READ, *DENSE.values())}
+            if beside.pop(READ):
+                wanted["stream"] = {"stream_read"}
+            for entry in (entry for entry, ran in beside.items() if ran):
+                wanted.setdefault("dense", set()).add(entry)
+    assert {target: set(own) for target, own in found["code"].items()} == wanted
+
+
+def test_runs_that_the_readme_reports_are_of_this_code() -> None:
+    """Beside times it reports what passed on a GPU, with the digests' first digits: run again, or take it out."""
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    code = [pinned_code()[target][entry][:12] for target in ("moe", "moe_g128") for entry in api.ENTRIES]
+    quoted = [re.findall(r"`([0-9a-f]{12})`", text) for text in re.findall(r"with code ([^:|]+):", readme)]
+    assert all(digits == code for digits in quoted)
     if "| the gate, scales per 64 and per 128 | `pytest" in readme:
-        assert f"with sources `{sources_sha256()[:12]}`:" in readme
+        assert quoted
 
 
 def test_the_readme_quotes_the_results() -> None:
@@ -71,7 +97,7 @@ def test_the_readme_quotes_the_results() -> None:
     before, between, after = report.section((ROOT / "README.md").read_text())
     assert between == report.render(found), "python -m kernel report"
     assert report.drawn(found, report.RESULTS / report.PICTURE), "python -m kernel report"
-    if not found:  # none is of these sources
+    if not found:  # none is of this code
         assert "No time of the kernel is quoted here" in between
         assert "TFLOP/s" not in before + after
 
@@ -80,7 +106,7 @@ def raw(name: str) -> list[dict[str, Any]]:
     """The rows of a result as they stand in the file; a test that asks for one that is not there has nothing to do."""
     path = report.RESULTS / f"{name}.json"
     if not path.is_file():
-        pytest.skip(f"{path.name}: not measured with these sources")
+        pytest.skip(f"{path.name}: not measured with this code")
     return json.loads(path.read_text())["rows"]
 
 
