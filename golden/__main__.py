@@ -17,15 +17,15 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from golden import silicon, store
-from kernel.build import BuildError, EnvironmentMissing
-from quant import twin
-from quant.recipe import Recipe
-from quant.tables import TableError
-from reference.layer import LayerResult, moe_layer
-from tests import inputs
-from tests.cases import CASES, Case
-from tests.compare import bits
+from megaproof.cases import inputs
+from megaproof.cases.cases import CASES, Case
+from megaproof.cases.compare import bits
+from megaproof.golden import silicon, store
+from megaproof.quant import twin
+from megaproof.quant.recipe import Recipe
+from megaproof.quant.tables import TableError
+from megaproof.reference.layer import LayerResult, moe_layer
+from megaproof.toolchain.build import BuildError, EnvironmentMissing
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 console = Console()
@@ -211,7 +211,7 @@ def capture(
     out: Annotated[Path, typer.Option(help="folder to write to")] = silicon.FOLDER,
 ) -> None:
     """Measures the chip at hand (needs an SM90 GPU): tables, tensor-core vectors, sweeps of all 2^32 inputs."""
-    from golden import capture as capturing
+    from megaproof.golden import capture as capturing
 
     try:
         capturing.run(out, quick, console)

@@ -22,11 +22,11 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from golden import silicon, tiles, triples
-from kernel.build import BuildError, Built, EnvironmentMissing
-from kernel.launch import Device
-from kernel.probe import A_SOURCES, WIDTHS, Probes
-from quant import atoms, tables
+from megaproof.golden import silicon, tiles, triples
+from megaproof.kernel.programs.probe import A_SOURCES, WIDTHS, Probes
+from megaproof.quant import atoms, tables
+from megaproof.toolchain.build import BuildError, Built, EnvironmentMissing
+from megaproof.toolchain.launch import Device
 
 VECTOR_WIDTHS = {8: 4, 64: 1, 128: 1, 256: 1}
 """Widths of the committed tensor-core vectors -> tiles of each."""
@@ -54,7 +54,7 @@ BRING_UP = Effort(1, 1, 1, 1 << 20, 1 << 20, 1 << 20)
 
 
 class Chip(Protocol):
-    """The instructions of a chip; kernel.probe.Probes is the real one."""
+    """The instructions of a chip; megaproof.kernel.programs.probe.Probes is the real one."""
 
     device: Device
 
@@ -276,10 +276,11 @@ def _tables_in_force(captured: dict[str, Tensor]) -> Iterator[None]:
 
 
 def main() -> None:
-    """`python -m golden.capture --bringup`: status 0 proven, 1 differs, 2 usage, 3 environment."""
+    """`python -m megaproof.golden.capture --bringup`: status 0 proven, 1 differs, 2 usage, 3 environment."""
     if sys.argv[1:] != ["--bringup"]:
         print(
-            "usage: python -m golden.capture --bringup (the capture itself: python -m golden capture)", file=sys.stderr
+            "usage: python -m megaproof.golden.capture --bringup (the capture itself: python -m golden capture)",
+            file=sys.stderr,
         )
         sys.exit(2)
     try:

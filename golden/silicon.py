@@ -18,9 +18,9 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from golden import tiles
-from golden.atomic import replace
-from quant import tables
+from megaproof.golden import tiles
+from megaproof.quant import tables
+from megaproof.toolchain.files import replace
 
 FOLDER = Path(__file__).resolve().parent / "silicon"
 ALL_INPUTS = 1 << 32

@@ -21,10 +21,10 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from golden.atomic import replace
-from quant.recipe import Recipe, RecipeError
-from reference.layer import STAGES
-from tests.cases import Case
+from megaproof.cases.cases import Case
+from megaproof.quant.recipe import Recipe, RecipeError
+from megaproof.reference.layer import STAGES
+from megaproof.toolchain.files import replace
 
 FOLDER = Path(__file__).resolve().parent
 WHOLE_TRACE_BYTES = 200_000

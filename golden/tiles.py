@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quant import philox
+from megaproof.quant import philox
 
 SEED = 0x51C0
 

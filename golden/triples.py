@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quant import philox
+from megaproof.quant import philox
 
 SEED = 0xF3A
 FAMILIES = ("bits", "near", "cancel", "subnormal")

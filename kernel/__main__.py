@@ -11,16 +11,14 @@ from typing import Annotated, Any
 
 import typer
 
-from kernel import api, dense, grouped, phases, probe, sass, stream
-from kernel.bench import bench_command
-from kernel.bench.dense_rows import dense_command
-from kernel.bench.report import report_command
-from kernel.build import BuildError, Built, EnvironmentMissing, write_pins
-from kernel.config import ring_bytes, shared_bytes
-from kernel.floor import floor_command
-from kernel.phases import phases_command
-from kernel.roofline import CHIPS
-from quant import twin_gpu
+from megaproof.bench.measure import phases
+from megaproof.bench.model.roofline import CHIPS
+from megaproof.kernel import api
+from megaproof.kernel.host.sizes import ring_bytes, shared_bytes
+from megaproof.kernel.programs import dense, grouped, probe, stream
+from megaproof.quant import twin_gpu
+from megaproof.toolchain import sass
+from megaproof.toolchain.build import BuildError, Built, EnvironmentMissing, write_pins
 
 
 @dataclass(frozen=True)
@@ -59,16 +57,11 @@ UNCHECKED = "not checked"
 """How the word on SASS begins where there is no disassembler."""
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
-app.command("bench")(bench_command)
-app.command("dense")(dense_command)
-app.command("phases")(phases_command)
-app.command("floor")(floor_command)
-app.command("report")(report_command)
 
 
 @app.callback()
 def commands() -> None:
-    """The machine: CUDA sources, compiled and gated without a GPU; and their kernel time on one.
+    """The machine: CUDA sources, compiled and gated without a GPU.
 
     Exit status: 0 passed, 1 the gate fails, 2 usage, 3 environment.
     """

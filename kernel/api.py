@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernel import arguments, build, params
-from kernel.config import THREADS, ConfigError, Problem, shared_bytes
-from kernel.launch import Library, require_device, tensor_map
-from kernel.params import KernelShape, Layout, Params, RankParams, Swiglu
-from kernel.symm import KernelTimeout, RankViews, SymmBuffer, VirtualGroup, local_group
-from kernel.tiles import tiled, w1_rows, w2_rows
-from quant.recipe import Recipe
+from megaproof.kernel.host import checks, params
+from megaproof.kernel.host.buffer import KernelTimeout, RankViews, SymmBuffer, VirtualGroup, local_group
+from megaproof.kernel.host.params import KernelShape, Layout, Params, RankParams, Swiglu
+from megaproof.kernel.host.sizes import THREADS, ConfigError, Problem, shared_bytes
+from megaproof.kernel.host.weights import tiled, w1_rows, w2_rows
+from megaproof.quant.recipe import Recipe
+from megaproof.toolchain import build
+from megaproof.toolchain.launch import Library, require_device, tensor_map
 
 __all__ = [
     "ENTRIES",
@@ -121,11 +122,11 @@ def transform_weights_for_mega_moe_sm90(
     """Weights in the order in which the kernel reads them, as copies of the same shapes; scales stay as they are.
 
     Gate and up rows of W1 are interleaved in groups of 8; then the bytes of both matrices stand in swizzled tiles of
-    128 rows x 128 columns, the rows of each in the order of kernel/tiles.py: element [e, n, k] of a result is no longer
-    weight (n, k), and `untiled` gives it back. l1: (fp8 [E_loc, 2I, H] gate rows then up rows, float32
+    128 rows x 128 columns, the rows of each in the order of kernel/host/weights.py: element [e, n, k] of a result is no
+    longer weight (n, k), and `untiled` gives it back. l1: (fp8 [E_loc, 2I, H] gate rows then up rows, float32
     [E_loc, 2I/128, H/128]); l2: (fp8 [E_loc, H, I], float32 [E_loc, H/128, I/128]). Raises ConfigError.
     """
-    arguments.check_to_transform(l1, l2)
+    checks.check_to_transform(l1, l2)
     (w1, w1_sf), (w2, w2_sf) = l1, l2
     (_, n1, _), (_, n2, _) = w1.shape, w2.shape
     w1 = tiled(w1.view(torch.uint8), w1_rows(n1)).view(w1.dtype)
@@ -164,7 +165,7 @@ def fp8_mega_moe(
     Raises ConfigError or RecipeError naming argument, value and rule; EnvironmentMissing without an SM90 GPU.
     """
     _only("activation", activation, "swiglu")
-    chosen = arguments.resolve(recipe, activation_clamp, fast_math)
+    chosen = checks.resolve(recipe, activation_clamp, fast_math)
     if not isinstance(sym_buffer, SymmBuffer):
         raise ConfigError(f"sym_buffer = {sym_buffer!r} must come from get_symm_buffer_for_mega_moe")
     sym_buffer.require()
@@ -184,17 +185,17 @@ def fp8_mega_moe(
             *[out.shape for out in ys],
         )
     except (AttributeError, TypeError):  # no tensors, or no pairs
-        arguments.check_weights(sym_buffer, l1s, l2s)
-        arguments.check_outputs(sym_buffer, ys, counts)
+        checks.check_weights(sym_buffer, l1s, l2s)
+        checks.check_outputs(sym_buffer, ys, counts)
         raise
     plan = sym_buffer.plans.get(key)
     known = plan is not None and plan.weights.covers(weights)
     judged = None if plan is None else plan.judged.get(places)
     in_order = judged is not None and judged.covers(outputs)
     if not known:
-        arguments.check_weights(sym_buffer, l1s, l2s)
+        checks.check_weights(sym_buffer, l1s, l2s)
     if not in_order:
-        arguments.check_outputs(sym_buffer, ys, counts)
+        checks.check_outputs(sym_buffer, ys, counts)
     if check:
         _check_indices(sym_buffer, ys)
     if plan is None:
@@ -253,7 +254,7 @@ def _check_indices(buffer: SymmBuffer, ys: Any) -> None:
     if buffer.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise ConfigError("check = True reads indices back, which a CUDA graph can't capture; it must be False here")
     views = [buffer.rank(rank) for rank in range(buffer.problem.ranks)]
-    arguments.check_indices(buffer.problem, views, [y.shape[0] for y in ys])
+    checks.check_indices(buffer.problem, views, [y.shape[0] for y in ys])
 
 
 class _Plan:

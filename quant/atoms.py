@@ -14,8 +14,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from quant import tables
-from quant.formats import BF16, E4M3, E8M13, F32_NAN, f32_bits, f32_from_bits, pow2
+from megaproof.quant import tables
+from megaproof.quant.formats import BF16, E4M3, E8M13, F32_NAN, f32_bits, f32_from_bits, pow2
 
 K_STEP = 32
 """Depth of one FP8 wgmma instruction."""

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quant.atoms import encode_e4m3
-from quant.scale import activation_scale, input_scale
+from megaproof.quant.atoms import encode_e4m3
+from megaproof.quant.scale import activation_scale, input_scale
 
 BLOCK = 128
 INTERLEAVE = 8

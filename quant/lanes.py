@@ -10,7 +10,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from quant.philox import MULTIPLIERS, ROUNDS, WEYL
+from megaproof.quant.philox import MULTIPLIERS, ROUNDS, WEYL
 
 LANES = 32
 BLOCKS = 8

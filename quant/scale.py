@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quant.formats import f32_bits, f32_from_bits, pow2
+from megaproof.quant.formats import f32_bits, f32_from_bits, pow2
 
 E4M3_MAX = 448.0
 RECIPROCAL_448_BITS = 0x3B124925

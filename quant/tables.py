@@ -12,17 +12,18 @@ import hashlib
 import json
 import lzma
 import math
-from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.numpy import load_file
 from torch import Tensor
 
+from megaproof import HOME
+
 SIZE = 1 << 23
 NAMES = ("rcp", "ex2")
 DEFAULT_CHIP = "H200"
-SILICON = Path(__file__).resolve().parent.parent / "golden" / "silicon"
+SILICON = HOME / "golden" / "silicon"
 
 
 class TableError(RuntimeError):

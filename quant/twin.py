@@ -12,18 +12,18 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from quant import atoms, philox
+from megaproof.quant import atoms, philox
 
 
 @cache
 def _choose(kind: str) -> tuple[ModuleType, str]:
     try:
         if kind == "cuda":
-            from quant import twin_gpu
+            from megaproof.quant import twin_gpu
 
             twin_gpu.compile_twin()
             return twin_gpu, twin_gpu.NAME
-        from quant import twin_cpu
+        from megaproof.quant import twin_cpu
 
         return twin_cpu, twin_cpu.NAME
     except Exception as error:  # no numba, no NVRTC: slower, and the same bits

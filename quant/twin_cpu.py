@@ -14,9 +14,9 @@ import torch
 from numba import njit, vectorize
 from torch import Tensor
 
-from quant import atoms, lanes, tables
-from quant.formats import F32_NAN
-from quant.philox import check, check_lut
+from megaproof.quant import atoms, lanes, tables
+from megaproof.quant.formats import F32_NAN
+from megaproof.quant.philox import check, check_lut
 
 NAME = f"numba {numba.__version__} on the CPU"
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kernel import build, launch
-from quant import atoms, tables
-from quant.philox import check, check_lut
+from megaproof.quant import atoms, tables
+from megaproof.quant.philox import check, check_lut
+from megaproof.toolchain import build, launch
 
 NAME = "NVRTC on the GPU"
 SOURCE = Path(__file__).with_name("twin.cu")

@@ -19,20 +19,22 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from golden.store import stage_digest
-from quant import twin
-from reference import oracle, replay
-from reference.anatomy import Disagreement
-from reference.explain import ExplainError, Question
-from reference.layer import STAGES, LayerResult, moe_layer
-from tests import bundle, inputs
-from tests.cases import CASES, GATE, Case
-from tests.compare import bits
+from megaproof.cases import inputs
+from megaproof.cases.cases import CASES, GATE, Case
+from megaproof.cases.compare import bits
+from megaproof.golden.store import stage_digest
+from megaproof.proof import bundle
+from megaproof.proof.explain import replay
+from megaproof.proof.explain.anatomy import Disagreement
+from megaproof.proof.explain.derive import ExplainError, Question
+from megaproof.quant import twin
+from megaproof.reference import oracle
+from megaproof.reference.layer import STAGES, LayerResult, moe_layer
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 console = Console()
 
-CaseId = Annotated[str, typer.Argument(help="a case id of tests/cases.py, or the start of one")]
+CaseId = Annotated[str, typer.Argument(help="a case id of cases/cases.py, or the start of one")]
 AsJson = Annotated[bool, typer.Option("--json", help="one JSON object instead of text")]
 
 

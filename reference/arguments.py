@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quant.recipe import Recipe
+from megaproof.quant.recipe import Recipe
 
 BLOCK = 128
 """Columns of a token, and rows and columns of a weight block, that share one input scale."""
@@ -50,7 +50,7 @@ def check(
 ) -> Problem:
     """The problem's dimensions, or `ArgumentError`. experts None: read from stats, else the least that R divides."""
     if not isinstance(recipe, Recipe):
-        raise ArgumentError(f"recipe = {recipe!r} must be a quant.recipe.Recipe")
+        raise ArgumentError(f"recipe = {recipe!r} must be a megaproof.quant.recipe.Recipe")
     if isinstance(x, list | tuple) and not x:
         raise ArgumentError("x = [] must hold one tensor a rank, at least one")
     ranks = len(topk_idx) if isinstance(x, Tensor) or x is None else len(x)

@@ -7,8 +7,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from quant.recipe import Recipe
-from reference.dispatch import Routes
+from megaproof.quant.recipe import Recipe
+from megaproof.reference.dispatch import Routes
 
 
 def combine(

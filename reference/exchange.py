@@ -1,6 +1,6 @@
 """How ranks talk: every rank hands every rank some bytes. And one way to do it, with all ranks in one process.
 
-The layer as one rank sees it (`reference/ranks.py`) knows nothing but this protocol; `reference/rank_process.py`
+The layer as one rank sees it (`reference/ranks.py`) knows nothing but this protocol; `proof/worlds/rank_process.py`
 implements it between processes.
 """
 

@@ -7,8 +7,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from quant.cast import BLOCK
-from quant.recipe import Recipe
+from megaproof.quant.cast import BLOCK
+from megaproof.quant.recipe import Recipe
 
 
 def promoted(a: Tensor, a_sf: Tensor, w: Tensor, w_sf: Tensor, group: int, arith: ModuleType) -> Tensor:

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant.recipe import Recipe
-from quant.twin import arith as compiled_arith
-from reference import dispatch, gemm, scatter, swiglu
-from reference.arguments import Weights, check, check_same_width, check_source, check_weights
-from reference.combine import combine
-from reference.stats import accumulate
+from megaproof.quant.recipe import Recipe
+from megaproof.quant.twin import arith as compiled_arith
+from megaproof.reference import dispatch, gemm, scatter, swiglu
+from megaproof.reference.arguments import Weights, check, check_same_width, check_source, check_weights
+from megaproof.reference.combine import combine
+from megaproof.reference.stats import accumulate
 
 STAGES = ("l1_acts", "l1_acts_sf", "l2_acts", "l2_acts_sf", "slots", "y", "stats")
 """Stages of the trace, in the order in which they are computed and compared."""

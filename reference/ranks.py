@@ -17,15 +17,15 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from quant.recipe import Recipe
-from quant.twin import arith as compiled_arith
-from reference import dispatch
-from reference.arguments import BLOCK, ArgumentError, Problem, Weights, check, check_source
-from reference.combine import combine
-from reference.dispatch import Routes
-from reference.exchange import Exchange, ExchangeError, lockstep, pack, unpack
-from reference.layer import STAGES, LayerResult, through_experts
-from reference.stats import accumulate
+from megaproof.quant.recipe import Recipe
+from megaproof.quant.twin import arith as compiled_arith
+from megaproof.reference import dispatch
+from megaproof.reference.arguments import BLOCK, ArgumentError, Problem, Weights, check, check_source
+from megaproof.reference.combine import combine
+from megaproof.reference.dispatch import Routes
+from megaproof.reference.exchange import Exchange, ExchangeError, lockstep, pack, unpack
+from megaproof.reference.layer import STAGES, LayerResult, through_experts
+from megaproof.reference.stats import accumulate
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, groupby, pairwise
 
-from reference.layout import BLOCK_M
+from megaproof.reference.layout import BLOCK_M
 
 BLOCK_N = 256
 """Columns of a tile; the last one of GEMM 2 may be half as wide, and with few pool blocks all of them are."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from reference.dispatch import Routes
+from megaproof.reference.dispatch import Routes
 
 
 def accumulate(stats: Sequence[Tensor] | None, where: Routes, ranks: int, experts_per_rank: int) -> list[Tensor]:

@@ -6,9 +6,9 @@ from types import ModuleType
 
 from torch import Tensor
 
-from quant.atoms import fmax, fmin
-from quant.cast import quantise_activation
-from quant.recipe import Recipe
+from megaproof.quant.atoms import fmax, fmin
+from megaproof.quant.cast import quantise_activation
+from megaproof.quant.recipe import Recipe
 
 
 def clamp(recipe: Recipe, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:

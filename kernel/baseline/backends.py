@@ -17,12 +17,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kernel.baseline import grouped
-from kernel.build import EnvironmentMissing
-from quant import twin
-from quant.recipe import Recipe, RecipeError
-from reference import gemm, scatter
-from reference.arguments import Weights, check_weights
+from megaproof.kernel.baseline import grouped
+from megaproof.quant import twin
+from megaproof.quant.recipe import Recipe, RecipeError
+from megaproof.reference import gemm, scatter
+from megaproof.reference.arguments import Weights, check_weights
+from megaproof.toolchain.build import EnvironmentMissing
 
 PEERS = ("deep_gemm", "deep_ep")
 """Other people's packages that a user's baseline could have; DeepEP needs several GPUs, so it is only reported."""
@@ -86,7 +86,7 @@ class Stacked:
 
 
 class Exact:
-    """The GPU twin (`quant/twin.py`) through `reference.gemm`: the reference's own sums."""
+    """The GPU twin (`quant/twin.py`) through `megaproof.reference.gemm`: the reference's own sums."""
 
     def __init__(self, recipe: Recipe, weights: Weights, sizes: Sizes, device: torch.device) -> None:
         self._recipe, self._weights, self._sizes = recipe, weights, sizes

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quant.cast import BLOCK
+from megaproof.quant.cast import BLOCK
 
 TILE_ROWS = (64, 128)
 """Rows of a tile: 64 is the least that wgmma takes (less falls back to mma.sync, which sums FP8 otherwise)."""

@@ -10,10 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernel.baseline import swiglu
-from kernel.baseline.backends import BACKENDS, GroupedGemm, Sizes
-from quant.recipe import Recipe, RecipeError
-from reference.arguments import Weights, check
+from megaproof.kernel.baseline import swiglu
+from megaproof.kernel.baseline.backends import BACKENDS, GroupedGemm, Sizes
+from megaproof.quant.recipe import Recipe, RecipeError
+from megaproof.reference.arguments import Weights, check
 
 COLUMNS = 1024
 """Columns of one program of the combine."""
@@ -147,7 +147,7 @@ class Baseline:
         topk_weights: Sequence[Tensor],
         stats: Sequence[Tensor] | None = None,
     ) -> Result:
-        """One layer; lists by rank as `reference.layer.moe_layer` takes them. Raises `ArgumentError`."""
+        """One layer; lists by rank as `megaproof.reference.layer.moe_layer` takes them. Raises `ArgumentError`."""
         problem = check(self.recipe, x, x_sf, topk_idx, topk_weights, self.experts, stats)
         idx = torch.cat(list(topk_idx))
         buffers = self.forward(torch.cat(list(x)), torch.cat(list(x_sf)), idx, torch.cat(list(topk_weights)))

@@ -17,8 +17,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
-from kernel.build import EnvironmentMissing
-from quant.recipe import Recipe
+from megaproof.quant.recipe import Recipe
+from megaproof.toolchain.build import EnvironmentMissing
 
 ROWS = 32
 """Rows of one program; it takes one group of columns."""
@@ -57,7 +57,7 @@ _ENCODE_E4M3 = """{
 }"""
 SILU_FAST, SILU_PRECISE, ENCODE_E4M3 = (tl.constexpr(asm) for asm in (_SILU_FAST, _SILU_PRECISE, _ENCODE_E4M3))
 RECIPROCAL_448 = tl.constexpr(float.fromhex("0x1.24924ap-9"))
-"""fl(1/448), `quant.scale.RECIPROCAL_448_BITS`."""
+"""fl(1/448), `megaproof.quant.scale.RECIPROCAL_448_BITS`."""
 
 
 @triton.jit
@@ -168,7 +168,7 @@ def swiglu_quantise(
     """Eq. (4), Eq. (5): (E4M3 codes uint8 [m, I], scale factors float32 [m, I/granularity]).
 
     gate_up float32 or bfloat16 [m, 2I], gate columns then up columns; weight float32 [m]. Equal to
-    `reference.swiglu` bit for bit on a chip whose tables are captured (the sign of NaN aside).
+    `megaproof.reference.swiglu` bit for bit on a chip whose tables are captured (the sign of NaN aside).
 
     portable: the form without inline PTX, for tests under Triton's interpreter. Where the reference has its bytes from
     the tables, this one has numpy's exp2 or exp and a rounded division: a scale factor may double, or a byte move by

@@ -21,12 +21,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernel import api, build, params
-from kernel.config import ALIGNMENT, THREADS, Problem, shared_bytes
-from kernel.launch import TensorMap
-from kernel.symm import RankViews, waited
-from quant import tables
-from quant.recipe import Recipe
+from megaproof.kernel import api
+from megaproof.kernel.host import params
+from megaproof.kernel.host.buffer import RankViews, waited
+from megaproof.kernel.host.sizes import ALIGNMENT, THREADS, Problem, shared_bytes
+from megaproof.quant import tables
+from megaproof.quant.recipe import Recipe
+from megaproof.toolchain import build
+from megaproof.toolchain.launch import TensorMap
 
 FOLDER = Path(__file__).parent
 LAUNCH_REGISTERS = 168

@@ -12,11 +12,11 @@ relative_error  how far y is from it on average, for show
 usual_reference, calc_diff   what the field compares with, to show beside ours; never a verdict
 """
 
-from reference.oracle.decode import Refused
-from reference.oracle.fp64 import fp64_layer, headroom, relative_error
-from reference.oracle.gemm import gemm_bound
-from reference.oracle.lattice import NotLattice, lattice_y
-from reference.oracle.usual import calc_diff, usual_reference
+from megaproof.reference.oracle.decode import Refused
+from megaproof.reference.oracle.fp64 import fp64_layer, headroom, relative_error
+from megaproof.reference.oracle.gemm import gemm_bound
+from megaproof.reference.oracle.lattice import NotLattice, lattice_y
+from megaproof.reference.oracle.usual import calc_diff, usual_reference
 
 __all__ = [
     "NotLattice",

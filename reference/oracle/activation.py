@@ -12,8 +12,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from reference.oracle.decode import Refused
-from reference.oracle.rounding import LEAST, OVERFLOW, UP, exp2i, exponent_above, exponent_below, half_ulp_bf16
+from megaproof.reference.oracle.decode import Refused
+from megaproof.reference.oracle.rounding import (
+    LEAST,
+    OVERFLOW,
+    UP,
+    exp2i,
+    exponent_above,
+    exponent_below,
+    half_ulp_bf16,
+)
 
 U32 = 2.0**-24
 """Unit roundoff of float32."""

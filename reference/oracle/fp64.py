@@ -11,8 +11,8 @@ import math
 import torch
 from torch import Tensor
 
-from reference.oracle.activation import Bounded, requantisation_error, scale_range, swiglu
-from reference.oracle.decode import (
+from megaproof.reference.oracle.activation import Bounded, requantisation_error, scale_range, swiglu
+from megaproof.reference.oracle.decode import (
     BLOCK,
     EXPONENTS,
     VALUES,
@@ -26,9 +26,9 @@ from reference.oracle.decode import (
     host,
     look_up,
 )
-from reference.oracle.gemm import gemm_bound
-from reference.oracle.gemm2 import gemm2
-from reference.oracle.rounding import OVERFLOW, UP, half_ulp_bf16, half_ulp_fp32
+from megaproof.reference.oracle.gemm import gemm_bound
+from megaproof.reference.oracle.gemm2 import gemm2
+from megaproof.reference.oracle.rounding import OVERFLOW, UP, half_ulp_bf16, half_ulp_fp32
 
 CHOICES = {
     "silu": ("fast", "precise"),

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from reference.oracle.decode import (
+from megaproof.reference.oracle.decode import (
     BLOCK,
     EXPONENTS,
     VALUES,
@@ -24,7 +24,15 @@ from reference.oracle.decode import (
     host,
     look_up,
 )
-from reference.oracle.rounding import LEAST, OVERFLOW, UP, exp2i, exponent_above, exponent_below, half_ulp_fp32
+from megaproof.reference.oracle.rounding import (
+    LEAST,
+    OVERFLOW,
+    UP,
+    exp2i,
+    exponent_above,
+    exponent_below,
+    half_ulp_fp32,
+)
 
 STEP = 32
 """Depth of one FP8 tensor-core instruction."""

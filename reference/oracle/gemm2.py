@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from reference.oracle.activation import E4M3_LEAST_NORMAL, U32, Bounded
-from reference.oracle.decode import BLOCK
-from reference.oracle.gemm import EXACT_SPAN, STEP, chain_error
-from reference.oracle.rounding import LEAST, UP, exponent_above, exponent_below, half_ulp_bf16, half_ulp_fp32
+from megaproof.reference.oracle.activation import E4M3_LEAST_NORMAL, U32, Bounded
+from megaproof.reference.oracle.decode import BLOCK
+from megaproof.reference.oracle.gemm import EXACT_SPAN, STEP, chain_error
+from megaproof.reference.oracle.rounding import LEAST, UP, exponent_above, exponent_below, half_ulp_bf16, half_ulp_fp32
 
 E4M3_GREATEST = 8
 """Exponent of 448."""

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from reference.oracle.decode import Refused
+from megaproof.reference.oracle.decode import Refused
 
 Ints = NDArray[np.int64]
 FP32_BITS, BF16_BITS, E4M3_BITS = 24, 8, 4

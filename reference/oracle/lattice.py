@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reference.oracle.decode import (
+from megaproof.reference.oracle.decode import (
     BLOCK,
     UNITS,
     Weights,
@@ -31,7 +31,7 @@ from reference.oracle.decode import (
     check_tokens,
     host,
 )
-from reference.oracle.integers import (
+from megaproof.reference.oracle.integers import (
     E4M3_BITS,
     FP32_BITS,
     SAFE_EXPONENT,

@@ -12,7 +12,16 @@ import math
 import torch
 from torch import Tensor
 
-from reference.oracle.decode import BLOCK, VALUES, Weights, by_expert, check_expert, check_tokens, host, look_up
+from megaproof.reference.oracle.decode import (
+    BLOCK,
+    VALUES,
+    Weights,
+    by_expert,
+    check_expert,
+    check_tokens,
+    host,
+    look_up,
+)
 
 E4M3_MAX = 448.0
 LEAST_AMAX = 1e-4

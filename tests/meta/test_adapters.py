@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernel import adapters
-from kernel.adapters.megaproof import MegaproofAdapter
-from kernel.adapters.reference import ReferenceAdapter
-from tests.meta.runs import ROOT, environment
+from megaproof.proof import adapters
+from megaproof.proof.adapters.megaproof import MegaproofAdapter
+from megaproof.proof.adapters.reference import ReferenceAdapter
+from megaproof.tests.support.runs import ROOT, environment
 
 BAD = {
     "": "not of the form module:factory",
@@ -20,10 +20,10 @@ BAD = {
     ":make": "not of the form module:factory",
     "a.module:": "not of the form module:factory",
     "no_such_module:make": "module no_such_module can't be imported: No module named 'no_such_module'",
-    "kernel.adapters.reference:no_such": "module kernel.adapters.reference has no no_such",
-    "kernel.adapters:WORLDS": "WORLDS is a tuple, not a function",
-    "tests.meta.test_adapters:half": "returned a Half without prepare, launch, stages, y, stats, close",
-    "tests.meta.test_adapters:nameless": "returned a Nameless without name (a str)",
+    "megaproof.proof.adapters.reference:no_such": "module megaproof.proof.adapters.reference has no no_such",
+    "megaproof.proof.adapters:WORLDS": "WORLDS is a tuple, not a function",
+    "megaproof.tests.meta.test_adapters:half": "returned a Half without prepare, launch, stages, y, stats, close",
+    "megaproof.tests.meta.test_adapters:nameless": "returned a Nameless without name (a str)",
 }
 
 
@@ -72,13 +72,21 @@ def test_the_default_is_an_adapter() -> None:
 
 def test_conftest_knows_the_same_default_and_worlds() -> None:
     """It can't import them: torch is slow to start."""
-    text = (ROOT / "conftest.py").read_text()
+    text = (ROOT / "proof/plugin.py").read_text()
     assert f'DEFAULT_KERNEL = "{adapters.DEFAULT}"' in text
     assert "choices=(" + ", ".join(f'"{world}"' for world in adapters.WORLDS) + ")" in text
 
 
 def test_pytest_refuses_it_at_the_start() -> None:
-    command = [sys.executable, "-m", "pytest", "--no-header", "--kernel", "no_such_module:make", "tests/test_cases.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "--no-header",
+        "--kernel",
+        "no_such_module:make",
+        "tests/cases/test_cases.py",
+    ]
     run = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
     assert run.returncode == pytest.ExitCode.USAGE_ERROR
     assert "module no_such_module can't be imported" in run.stderr
@@ -88,7 +96,15 @@ def test_pytest_refuses_it_at_the_start() -> None:
 def test_one_that_fails_at_the_start_is_a_wrong_option(tmp_path: Path) -> None:
     """With its own traceback, and not as an error inside pytest."""
     (tmp_path / "failing_adapter.py").write_text("raise RuntimeError('no driver')\n")
-    command = [sys.executable, "-m", "pytest", "--no-header", "--kernel", "failing_adapter:make", "tests/test_cases.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "--no-header",
+        "--kernel",
+        "failing_adapter:make",
+        "tests/cases/test_cases.py",
+    ]
     variables = environment() | {"PYTHONPATH": str(tmp_path)}
     run = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=120)
     assert run.returncode == pytest.ExitCode.USAGE_ERROR

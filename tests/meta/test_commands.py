@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import typer.main
 
-from tests.cases import CASES
-from tests.meta.runs import ROOT
+from megaproof.cases.cases import CASES
+from megaproof.tests.support.runs import ROOT
 
 DOCUMENTS = ("README.md", "CONTRIBUTING.md")
 COMMAND = re.compile(r"^(?:python3?|make|pytest) ")
@@ -142,7 +142,7 @@ def test_the_documents_show_commands() -> None:
         ("python -m golden verified", "no command verified"),
         ("python -m golden verify --onyl x", "has no --onyl"),
         ("python -m golden verify | generate", "no command generate"),
-        ("python -m tests.meta.wrong --yaml", "does not know --yaml"),
+        ("python -m proof wrong --yaml", "does not know --yaml"),
     ],
 )
 def test_a_command_that_is_wrong_is_found(command: str, message: str, parser: pytest.Parser) -> None:

@@ -7,14 +7,16 @@ import re
 
 import pytest
 
-from golden import silicon, store
-from kernel import floor, sass
-from kernel.__main__ import TARGETS, examine
-from kernel.bench.points import PEERS
-from kernel.build import EnvironmentMissing
-from quant.recipe import RECIPES, SHAPES
-from tests.cases import CASES
-from tests.meta.runs import ROOT, python
+from megaproof.bench.measure.points import PEERS
+from megaproof.bench.model import floor
+from megaproof.cases.cases import CASES
+from megaproof.golden import silicon, store
+from megaproof.kernel.__main__ import TARGETS, examine
+from megaproof.quant.recipe import RECIPES
+from megaproof.quant.shapes import SHAPES
+from megaproof.tests.support.runs import ROOT, python
+from megaproof.toolchain import sass
+from megaproof.toolchain.build import EnvironmentMissing
 
 README = (ROOT / "README.md").read_text()
 FLASH = [case for case in CASES if case.shape.name == "dsv4_flash" and case.ranks == 8]

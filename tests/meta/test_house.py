@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.meta.runs import ROOT
+from megaproof.tests.support.runs import ROOT
 
 PROMISED = {
     ".": "README.md LICENSE NOTICE CHANGELOG.md CONTRIBUTING.md pyproject.toml constraints.txt requirements.txt "
-    "Makefile conftest.py .ci/run .ci/python .github/workflows/gate.yml",
+    "Makefile proof/plugin.py .ci/run .ci/python .github/workflows/gate.yml",
     "quant": "recipe.py formats.py scale.py cast.py atoms.py philox.py tables.py twin.py",
     "reference": "equations.md layer.py dispatch.py gemm.py swiglu.py scatter.py combine.py stats.py "
     "oracle/__init__.py",
@@ -97,7 +97,9 @@ def test_the_oracle_imports_nothing_of_ours() -> None:
             if isinstance(node, ast.ImportFrom):
                 names = [f"{'.' * node.level}{node.module or ''}"]
             ours = [
-                name for name in names if name.split(".")[0] in PACKAGES and not name.startswith("reference.oracle")
+                name
+                for name in names
+                if name.split(".")[0] in PACKAGES and not name.startswith("megaproof.reference.oracle")
             ]
             ours += [name for name in names if name.startswith("..")]
             assert ours == [], f"{source.relative_to(ROOT)} imports {ours}"

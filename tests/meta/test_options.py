@@ -1,4 +1,4 @@
-"""What a run may be asked for, what its header says, and the line that reproduces a failure (conftest.py)."""
+"""What a run may be asked for, what its header says, and the line that reproduces a failure (proof/plugin.py)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.meta.runs import CASES, FAILS, TIERS, environment, pytest_run, python
+from megaproof.tests.support.runs import CASES, FAILS, TIERS, environment, pytest_run, python
 
 
 def test_ranks_deselects_other_cases_only(tmp_path: Path) -> None:
@@ -55,7 +55,14 @@ def test_processes_need_a_gpu_each(tmp_path: Path) -> None:
 
 
 def test_the_line_names_every_option_that_steers_a_case(tmp_path: Path) -> None:
-    options = ["--recipe", "precise", "--world", "gloo", "--kernel", "kernel.adapters.reference:ReferenceAdapter"]
+    options = [
+        "--recipe",
+        "precise",
+        "--world",
+        "gloo",
+        "--kernel",
+        "megaproof.proof.adapters.reference:ReferenceAdapter",
+    ]
     run = pytest_run(tmp_path, TIERS.replace("print(", "raise AssertionError("), "-k", "r1", *options)
     assert run.returncode == 1, run.stdout
     (line,) = [line for line in run.stdout.splitlines() if " -m pytest " in line]
@@ -94,7 +101,9 @@ def test_a_file_that_cannot_be_collected_is_reproduced_too(tmp_path: Path) -> No
 def test_the_header_says_what_decides_the_result(tmp_path: Path) -> None:
     run = pytest_run(tmp_path, CASES, "--ranks", "8,1", "--seed", "5", header=True)
     assert run.returncode == 0, run.stdout
-    options = "ranks 1,8, seed 5, recipe of each case, world virtual, kernel kernel.adapters:default, require-gpu no"
+    options = (
+        "ranks 1,8, seed 5, recipe of each case, world virtual, kernel megaproof.proof.adapters:default, require-gpu no"
+    )
     assert f"megaproof: {options}" in run.stdout
     for start in ("python 3.", "device cpu (needs a GPU", "arithmetic ", "silicon goldens of "):
         assert f"megaproof: {start}" in run.stdout, run.stdout

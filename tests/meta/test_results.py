@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 
-from kernel import api
-from kernel.bench import report, results, sections
-from kernel.bench.points import PEERS
-from kernel.bench.rows import COLUMNS, Point, row
-from kernel.bench.timer import REGIMES
-from kernel.bench.yardsticks import DENSE, READ
-from kernel.build import pinned_code
-from kernel.roofline import Load
-from quant.recipe import SHAPES
-from tests.meta.runs import ROOT
+from megaproof.bench.measure.points import PEERS
+from megaproof.bench.measure.rows import COLUMNS, Point, row
+from megaproof.bench.measure.timer import REGIMES
+from megaproof.bench.measure.yardsticks import DENSE, READ
+from megaproof.bench.model.roofline import Load
+from megaproof.bench.report import page, results, sections
+from megaproof.kernel import api
+from megaproof.quant.shapes import SHAPES
+from megaproof.tests.support.runs import ROOT
+from megaproof.toolchain.build import pinned_code
 
 LAST_DIGIT = {"tflops": 0.1, "tflops_adjusted": 0.1, "hbm_gb_s": 1, "reduction_us": 0.02}
 """Of what follows from a time that is rounded itself; of shares and ratios 0.001."""
@@ -28,14 +28,14 @@ FOR_128 = "granularity_128"
 
 def test_the_results_are_whole_and_of_this_code() -> None:
     """`read` refuses all others."""
-    results.read(report.RESULTS)
+    results.read(page.RESULTS)
 
 
 @pytest.mark.parametrize("name", results.POINTS)
 def test_what_is_derived_follows_from_the_times(name: str) -> None:
     """Rates, shares and ratios stand in a result beside the times, and what they follow from is no kernel source."""
     regimes = {text: key for key, text in REGIMES.items()}
-    found = results.read(report.RESULTS).get(name, {"rows": []})["rows"]
+    found = results.read(page.RESULTS).get(name, {"rows": []})["rows"]
     for own in found:
         shape = SHAPES[own["preset"]]
         load = Load(shape.hidden, shape.intermediate, own["T"], own["rows"], own["touched"], own["granularity"])
@@ -53,7 +53,7 @@ def test_what_is_derived_follows_from_the_times(name: str) -> None:
 
 
 def test_the_sweep_has_every_column_of_the_tables() -> None:
-    found = results.read(report.RESULTS)
+    found = results.read(page.RESULTS)
     if found:
         points = {(own["preset"], own["T"]) for own in results.chosen(found, "sweep")}
         assert {(preset, tokens) for preset in PEERS["shapes"] for tokens in sections.TOKENS} <= points
@@ -62,7 +62,7 @@ def test_the_sweep_has_every_column_of_the_tables() -> None:
 @pytest.mark.parametrize("name", results.COLUMNS)
 def test_a_result_names_the_code_that_it_measured(name: str) -> None:
     """Exactly: what is left out can change unseen, and what was not launched must not make a result stale."""
-    found = results.read(report.RESULTS).get(name)
+    found = results.read(page.RESULTS).get(name)
     if found is None:
         pytest.skip(f"{name}.json: not measured with this code")
     wanted: dict[str, set[str]] = {}
@@ -93,10 +93,10 @@ def test_runs_that_the_readme_reports_are_of_this_code() -> None:
 
 
 def test_the_readme_quotes_the_results() -> None:
-    found = results.read(report.RESULTS)
-    before, between, after = report.section((ROOT / "README.md").read_text())
-    assert between == report.render(found), "python -m kernel report"
-    assert report.drawn(found, report.RESULTS / report.PICTURE), "python -m kernel report"
+    found = results.read(page.RESULTS)
+    before, between, after = page.section((ROOT / "README.md").read_text())
+    assert between == page.render(found), "python -m bench report"
+    assert page.drawn(found, page.RESULTS / page.PICTURE), "python -m bench report"
     if not found:  # none is of this code
         assert "No time of the kernel is quoted here" in between
         assert "TFLOP/s" not in before + after
@@ -104,7 +104,7 @@ def test_the_readme_quotes_the_results() -> None:
 
 def raw(name: str) -> list[dict[str, Any]]:
     """The rows of a result as they stand in the file; a test that asks for one that is not there has nothing to do."""
-    path = report.RESULTS / f"{name}.json"
+    path = page.RESULTS / f"{name}.json"
     if not path.is_file():
         pytest.skip(f"{path.name}: not measured with this code")
     return json.loads(path.read_text())["rows"]
@@ -116,7 +116,7 @@ def by_point(name: str) -> dict[tuple[str, int], dict[str, Any]]:
 
 def shown(head: str) -> list[dict[str, str]]:
     """The lines of the README's one table of results whose head begins so: cells by the words of the head."""
-    _, between, _ = report.section((ROOT / "README.md").read_text())
+    _, between, _ = page.section((ROOT / "README.md").read_text())
     (table,) = (part.splitlines() for part in between.split("\n\n") if part.startswith(f"| {head}"))
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
     return [dict(zip(cells[0], line, strict=True)) for line in cells[2:]]
@@ -205,7 +205,7 @@ def test_the_stretch_in_the_readme() -> None:
         assert found[text] == (f"{met:d} of 1 points", "" if met else f"{preset} T = 8192: {own['us']:,.0f}", "")
         if own["tflops"] < 0.88 * ceiling:
             missed[preset] = f"{preset} T = 8192: {own['tflops'] / ceiling:.3f}"
-    text = "stretch, of the flushed ceiling (kernel/roofline.py), T = 8192: at least 0.88"
+    text = "stretch, of the flushed ceiling (bench/model/roofline.py), T = 8192: at least 0.88"
     assert found[text] == (f"{2 - len(missed)} of 2 points", "; ".join(missed.values()), "")
 
 

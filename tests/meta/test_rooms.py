@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from kernel import config
-from reference import layout, scheduler
-from tests.meta.runs import ROOT
-from tests.meta.test_house import tags
+from megaproof.kernel.host import sizes
+from megaproof.reference import layout, scheduler
+from megaproof.tests.meta.test_house import tags
+from megaproof.tests.support.runs import ROOT
 
 ROOMS = ("layout", "scheduler", "dispatch", "gemm", "swiglu", "scatter", "combine", "barrier", "stats")
 SHARED = {
@@ -66,7 +66,7 @@ def test_shared_names_are_defined_in_both_wings(room: str) -> None:
 
 
 def test_both_wings_have_the_same_tile_and_groups() -> None:
-    kernel = config.BLOCK_M, config.BLOCK_N, config.TURN_N, config.GROUP_BLOCKS
+    kernel = sizes.BLOCK_M, sizes.BLOCK_N, sizes.TURN_N, sizes.GROUP_BLOCKS
     assert kernel == (layout.BLOCK_M, scheduler.BLOCK_N, scheduler.TURN_N, scheduler.GROUP_BLOCKS)
 
 

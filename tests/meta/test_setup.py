@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from tests.meta.runs import ROOT, environment
+from megaproof.tests.support.runs import ROOT, environment
 
 PYTHONS = ("3.11", "3.12", "3.13", "3.14")
 

@@ -1,4 +1,4 @@
-"""When a run is green: exit statuses and skips (conftest.py, tests/verdicts.py)."""
+"""When a run is green: exit statuses and skips (proof/plugin.py, proof/verdicts.py)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.meta.runs import CASES, SKIPS, TIERS, pytest_run, python
+from megaproof.tests.support.runs import CASES, SKIPS, TIERS, pytest_run, python
 
 GPU = """
     import pytest
@@ -124,7 +124,7 @@ def test_what_a_kernel_does_not_claim_is_no_missing_gpu(tmp_path: Path) -> None:
 
 
 def test_a_kernel_of_which_nothing_was_proven_is_not_green(tmp_path: Path) -> None:
-    kernel = "kernel.adapters.reference:ReferenceAdapter"
+    kernel = "megaproof.proof.adapters.reference:ReferenceAdapter"
     run = pytest_run(tmp_path, CASES, "--kernel", kernel, header=True)
     assert run.returncode == 5, run.stdout
     assert f"No proof of --kernel {kernel} ran, so nothing is proven" in run.stdout

@@ -1,4 +1,4 @@
-"""Runs on several workers of pytest-xdist, and what they leave of GPU memory to each other (conftest.py)."""
+"""Runs on several workers of pytest-xdist, and what they leave of GPU memory to each other (proof/plugin.py)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.meta.runs import CASES, FAILS, SKIPS, pytest_run
+from megaproof.tests.support.runs import CASES, FAILS, SKIPS, pytest_run
 
 
 @pytest.mark.skipif(not find_spec("xdist"), reason="pytest-xdist is not installed")
@@ -64,7 +64,7 @@ GPU_MEMORY = """
     import weakref
     import pytest
     import torch
-    from tests import memory
+    from megaproof.proof import memory
 
     @dataclasses.dataclass(frozen=True)
     class Case:

@@ -7,17 +7,17 @@ import json
 import pytest
 import torch
 
-from kernel.adapters import Prepared
-from kernel.adapters.reference import ReferenceAdapter
-from reference.layer import STAGES
-from tests import inputs
-from tests.kernel_proof import Proof, prove
-from tests.meta import wrong
+from megaproof.cases import inputs
+from megaproof.proof.adapters import Prepared
+from megaproof.proof.adapters.reference import ReferenceAdapter
+from megaproof.proof.faults import adapters
+from megaproof.proof.prove import Proof, prove
+from megaproof.reference.layer import STAGES
 
 
-@pytest.mark.parametrize("name", wrong.WRONG)
+@pytest.mark.parametrize("name", adapters.WRONG)
 def test_a_wrong_kernel_is_convicted_by_its_check(name: str, record_property: pytest.RecordProperty) -> None:
-    verdict = wrong.judge(name)
+    verdict = adapters.judge(name)
     record_property("convicted_by", verdict.convicted_by)
     record_property("calc_diff", verdict.calc_diff)
     record_property("tolerances_that_pass", [limit for limit, passed in verdict.passes.items() if passed])
@@ -27,36 +27,36 @@ def test_a_wrong_kernel_is_convicted_by_its_check(name: str, record_property: py
 
 def test_a_right_kernel_is_not_convicted() -> None:
     """Else the table would convict for being there: the same adapter without its fault, through the same proof."""
-    prepared = Prepared(wrong.CASE, inputs.make(wrong.CASE), torch.device("cpu"))
-    proof = prove(ReferenceAdapter(), prepared, wrong.truth())
+    prepared = Prepared(adapters.CASE, inputs.make(adapters.CASE), torch.device("cpu"))
+    proof = prove(ReferenceAdapter(), prepared, adapters.truth())
     assert isinstance(proof, Proof)
     assert proof.launches == 3
     assert proof.shown == STAGES[:5]
     assert proof.not_shown == ()
-    one_launch = sum(wrong.truth().trace[name].numel() for name in STAGES)
+    one_launch = sum(adapters.truth().trace[name].numel() for name in STAGES)
     assert 2 * one_launch < proof.elements < 3 * one_launch  # the third batch is smaller
 
 
 def test_the_noise_is_what_its_name_says() -> None:
     """The cosine of public tests can't see it, by a factor of a hundred: it lies below 1e-4, they compare with 0.01."""
-    verdict = wrong.judge("noise that keeps the cosine")
+    verdict = adapters.judge("noise that keeps the cosine")
     assert 0 < verdict.calc_diff < 1e-4
     assert all(verdict.passes.values())
 
 
 def test_what_tolerances_miss() -> None:
     """Most of them pass calc_diff < 0.01: y is wrong beyond doubt, or right beside other results that are wrong."""
-    passed = {name for name in wrong.WRONG if wrong.judge(name).passes["calc_diff < 0.01"]}
+    passed = {name for name in adapters.WRONG if adapters.judge(name).passes["calc_diff < 0.01"]}
     assert {"two rows swapped", "1 % of the rows zero", "last expert dropped", "masked slots counted"} <= passed
     assert not {"zeros", "stale y", "NaN everywhere", "rank 0's answer everywhere"} & passed
 
 
 def test_the_table_is_printed_both_ways(capsys: pytest.CaptureFixture[str]) -> None:
-    assert wrong.main([]) == 0
+    assert adapters.main([]) == 0
     table = capsys.readouterr().out.splitlines()
     assert table[0].startswith("| wrong kernel | convicted by | calc_diff |")
-    assert len(table) == 2 + len(wrong.WRONG)
-    assert wrong.main(["--json"]) == 0
+    assert len(table) == 2 + len(adapters.WRONG)
+    assert adapters.main(["--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
-    assert [row["kernel"] for row in rows] == list(wrong.WRONG)
-    assert wrong.main(["--yaml"]) == 2
+    assert [row["kernel"] for row in rows] == list(adapters.WRONG)
+    assert adapters.main(["--yaml"]) == 2

@@ -1,6 +1,6 @@
 """Converts published H100 and H200 measurements of the FP8 tensor core into `data/matlab_tensor_core_e4m3.safetensors`.
 
-    python -m tests.third.convert_matlab_tensor_core CLONE [--commit COMMIT]
+    python -m megaproof.tests.third.convert_matlab_tensor_core CLONE [--commit COMMIT]
 
 CLONE is a clone (or a bare git directory) of github.com/north-numerical-computing/MATLAB-tensor-core, BSD 2-Clause, see
 NOTICE. Its folder model_validation holds, for each chip and format, 5,000 random dot products of 32 terms.

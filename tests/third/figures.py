@@ -1,4 +1,4 @@
-"""Figures that say why the atoms cannot be replaced by something simpler: `python -m tests.third.figures`.
+"""Figures that say why the atoms cannot be replaced by something simpler: `python -m megaproof.tests.third.figures`.
 
 1. In what share of outputs a K = 128 tensor-core chain is the correctly rounded dot product.
 2. How often float64 arithmetic, rounded to float32 at the end, misses a fused multiply-add.
@@ -13,9 +13,9 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from quant import atoms, tables
-from tests.third import fma_cases, rounded, special
-from tests.third.bits import Source, to_bits, to_float
+from megaproof.quant import atoms, tables
+from megaproof.tests.third import fma_cases, rounded, special
+from megaproof.tests.third.bits import Source, to_bits, to_float
 
 K = 128
 

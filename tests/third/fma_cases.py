@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tests.third.bits import Source
+from megaproof.tests.third.bits import Source
 
 Triple = tuple[np.ndarray, np.ndarray, np.ndarray]
 """uint32 [n] bit patterns a, b, c."""

@@ -1,7 +1,7 @@
 """Generates `data/mmasim_wgmma_e4m3.safetensors` with mmasim, a bit-accurate simulator of the Hopper tensor core.
 
-    python -m tests.third.make_mmasim_vectors            write the file
-    python -m tests.third.make_mmasim_vectors --check    exit 1 if the file holds anything else
+    python -m megaproof.tests.third.make_mmasim_vectors            write the file
+    python -m megaproof.tests.third.make_mmasim_vectors --check    exit 1 if the file holds anything else
 
 mmasim (PyPI, by Peichen Xie, Microsoft; its paper is arXiv 2511.10909) compiles a few lines of C++ when it is imported,
 so it needs ninja and a C++ compiler. Nothing of it is copied here: the file holds its answers to inputs drawn here.
@@ -23,7 +23,7 @@ import torch
 from safetensors.numpy import load_file, save
 from torch import Tensor
 
-from tests.third.bits import Source, to_bits, to_float
+from megaproof.tests.third.bits import Source, to_bits, to_float
 
 DATA = Path(__file__).parent / "data" / "mmasim_wgmma_e4m3.safetensors"
 INSTRUCTION = "m64n8k32.f32.e4m3.e4m3"

@@ -9,7 +9,7 @@ import functools
 
 import numpy as np
 
-from tests.third.exact import SCALE, exp2_fixed
+from megaproof.tests.third.exact import SCALE, exp2_fixed
 
 SIZE = 1 << 23
 HIGH_BITS, LOW_BITS = 12, 11

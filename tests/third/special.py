@@ -6,9 +6,9 @@ from decimal import Context, Decimal, localcontext
 
 import numpy as np
 
-from quant import atoms
-from tests.third import exact
-from tests.third.bits import Source, to_bits, to_float
+from megaproof.quant import atoms
+from megaproof.tests.third import exact
+from megaproof.tests.third.bits import Source, to_bits, to_float
 
 PRECISE = Context(prec=60, Emax=10**6, Emin=-(10**6))
 

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from quant import atoms
-from tests.third import exact, fma_cases
-from tests.third.bits import Source, assert_same_bits, to_bits, to_float
+from megaproof.quant import atoms
+from megaproof.tests.third import exact, fma_cases
+from megaproof.tests.third.bits import Source, assert_same_bits, to_bits, to_float
 
 COUNT = 8000
 

@@ -10,9 +10,9 @@ from fractions import Fraction
 
 import numpy as np
 
-from quant import scale
-from tests.third import exact
-from tests.third.bits import Source, assert_same_bits, to_float
+from megaproof.quant import scale
+from megaproof.tests.third import exact
+from megaproof.tests.third.bits import Source, assert_same_bits, to_float
 
 THRESHOLD = 7 << 21
 

@@ -11,9 +11,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from quant import tables
-from tests.third import exact, rounded, special
-from tests.third.bits import Source, assert_same_bits
+from megaproof.quant import tables
+from megaproof.tests.third import exact, rounded, special
+from megaproof.tests.third.bits import Source, assert_same_bits
 
 TABLES: dict[str, tuple[Callable[[], np.ndarray], Callable[[np.ndarray], float]]] = {
     "rcp": (rounded.reciprocal, rounded.reciprocal_error),

@@ -7,9 +7,9 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from quant import atoms
-from tests.third import exact
-from tests.third.bits import Source, assert_same_bits, to_bits, to_float
+from megaproof.quant import atoms
+from megaproof.tests.third import exact
+from megaproof.tests.third.bits import Source, assert_same_bits, to_bits, to_float
 
 
 def ours(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:

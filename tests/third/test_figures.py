@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.third import figures
+from megaproof.tests.third import figures
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import torch
 
-from quant import formats
-from quant.formats import BF16, E2M1, E4M3, E8M13, UE8M0
-from tests.third.bits import Source, assert_same_bits, to_bits, to_float
+from megaproof.quant import formats
+from megaproof.quant.formats import BF16, E2M1, E4M3, E8M13, UE8M0
+from megaproof.tests.third.bits import Source, assert_same_bits, to_bits, to_float
 
 NAN = np.uint32(0x7FFFFFFF)
 

@@ -11,10 +11,10 @@ import torch
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from quant import atoms
-from tests.third import make_mmasim_vectors
-from tests.third.bits import assert_same_bits, to_bits
-from tests.third.convert_matlab_tensor_core import COMMIT, DATA
+from megaproof.quant import atoms
+from megaproof.tests.third import make_mmasim_vectors
+from megaproof.tests.third.bits import assert_same_bits, to_bits
+from megaproof.tests.third.convert_matlab_tensor_core import COMMIT, DATA
 
 VECTORS = load_file(DATA)
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from quant import atoms
-from tests.third import make_mmasim_vectors as maker
-from tests.third.bits import assert_same_bits, to_bits, to_float
+from megaproof.quant import atoms
+from megaproof.tests.third import make_mmasim_vectors as maker
+from megaproof.tests.third.bits import assert_same_bits, to_bits, to_float
 
 VECTORS = load_file(maker.DATA)
 FAMILIES = sorted({name.split("/")[0] for name in VECTORS})

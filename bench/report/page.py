@@ -1,0 +1,88 @@
+"""`python -m bench report`: the README's results, written from bench/results/h200/*.json and never by hand."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megaproof import HOME
+from megaproof.bench.report import plot
+from megaproof.bench.report.results import ReportError, Results, chosen, read
+from megaproof.bench.report.sections import PICTURE, render
+from megaproof.toolchain import files
+from megaproof.toolchain.build import EnvironmentMissing
+
+README, RESULTS = HOME / "README.md", HOME / "bench" / "results" / "h200"
+START, END = "<!-- results -->", "<!-- /results -->"
+
+
+def section(readme: str) -> tuple[str, str, str]:
+    """(up to the first marker, between the markers, from the second one on). Raises ReportError."""
+    for marker in (START, END):
+        if readme.count(marker) != 1:
+            raise ReportError(f"README.md must have the marker {marker} once and has it {readme.count(marker)} times")
+    before, _, rest = readme.partition(START)
+    between, found, after = rest.partition(END)
+    if not found:
+        raise ReportError(f"README.md must have the marker {END} after {START}")
+    return f"{before}{START}\n", between.strip("\n"), f"\n{END}{after}"
+
+
+def stamp(results: Results) -> str:
+    """The picture's last line: which rows it shows, so that a stale one is known without drawing it."""
+    rows = json.dumps(results["sweep"]["rows"], sort_keys=True).encode()
+    return f"<!-- rows of sweep.json, sha256 {hashlib.sha256(rows).hexdigest()} -->\n"
+
+
+def drawn(results: Results, picture: Path) -> bool:
+    """Whether the picture is of these results; without results none is needed."""
+    return not results or (picture.is_file() and picture.read_text().endswith(stamp(results)))
+
+
+def draw(results: Results, picture: Path) -> None:
+    """Raises EnvironmentMissing without matplotlib."""
+    plot.check(picture)
+    plot.plot({**results["sweep"], "rows": chosen(results, "sweep")}, picture)
+    lines = [line.rstrip() for line in picture.read_text().splitlines()]
+    picture.write_text("\n".join(lines) + "\n" + stamp(results))
+
+
+def report_command(
+    check: Annotated[
+        bool, typer.Option("--check", help="Writes nothing; status 1 if README or picture is stale.")
+    ] = False,
+) -> None:
+    """Writes the README's results, and their picture if it is stale, from bench/results/h200/*.json; needs no GPU.
+
+    Exit status: 0 done, 1 stale (--check), a file or marker missing or damaged, 2 usage, 3 environment: no matplotlib
+    for a picture that has to be drawn, and nothing is written.
+    """
+    picture = RESULTS / PICTURE
+    try:
+        if not README.is_file():
+            raise ReportError("README.md is missing")
+        results = read(RESULTS)
+        before, between, after = section(README.read_text())
+        text = render(results)
+        stale = [] if between == text else ["README.md"]
+        stale += [] if drawn(results, picture) else [f"bench/results/h200/{PICTURE}"]
+        if check and stale:
+            raise ReportError(
+                f"not of bench/results/h200/*.json: {', '.join(stale)}; python -m bench report renews them"
+            )
+        if not drawn(results, picture):
+            draw(results, picture)
+        if between != text:
+            files.replace(README, (before + text + after).encode())
+    except ReportError as error:
+        print(error, file=sys.stderr)
+        raise typer.Exit(1) from error
+    except EnvironmentMissing as error:
+        print(f"environment: {error}", file=sys.stderr)
+        raise typer.Exit(3) from error
+    print(f"written: {', '.join(stale)}" if stale else "README.md and its picture are of bench/results/h200/*.json")

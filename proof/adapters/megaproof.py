@@ -1,0 +1,162 @@
+"""This project's own kernel as an adapter: all ranks of a case in one launch on one GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megaproof.kernel import api
+from megaproof.kernel.host.sizes import BLOCK_M, Problem, check_recipe
+from megaproof.proof.adapters import Prepared
+from megaproof.quant.recipe import Recipe, RecipeError
+from megaproof.reference.dispatch import routes
+from megaproof.reference.layout import pool_rows
+
+FP8 = torch.float8_e4m3fn
+POOL_STAGES = ("l1_acts", "l1_acts_sf", "l2_acts", "l2_acts_sf")
+"""Stages that stand in the pool, by expert; slots stand in the combine buffer."""
+
+
+class MegaproofAdapter:
+    """`fp8_mega_moe` in a virtual group. Weights and buffer are kept while shape, ranks and capacity stay."""
+
+    name = "megaproof"
+    worlds = ("virtual",)
+
+    def __init__(self, ring_blocks: int | None = None) -> None:
+        """ring_blocks: memory for activations; None: for all of them, so that they can be shown."""
+        self.ring_blocks = ring_blocks
+        self.prepared: Prepared | None = None
+        self.buffer: Any = None
+        self.weights: list[tuple] = []
+        self._sizes: tuple | None = None
+        self._weights_of: object = None
+
+    def claims(self, recipe: Recipe) -> str | None:
+        """The default recipe with any clamp, both forms of silu and both granularities."""
+        try:
+            check_recipe(recipe)
+        except RecipeError as error:
+            return str(error)
+        return None
+
+    def prepare(self, prepared: Prepared) -> None:
+        """Raises EnvironmentMissing without an SM90 GPU."""
+        self._require()
+        case, made = prepared.case, prepared.inputs
+        shape, capacity = case.shape, max(1, *case.tokens)
+        local = shape.experts_per_rank(case.ranks)
+        sizes = (case.ranks, shape.experts, shape.topk, shape.hidden, shape.intermediate)
+        if self.buffer is None or self._sizes != sizes or self.buffer.problem.capacity < capacity:
+            layer = (case.ranks, shape.experts, shape.topk, shape.hidden, shape.intermediate, capacity)
+            self.buffer = self._make_buffer(Problem(*layer, self.ring_blocks or Problem(*layer).pool_blocks))
+            self._weights_of = self._weights_of if self._sizes == sizes else None
+            self._sizes = sizes
+        if self._weights_of is not made.weights:
+            self.weights, self._weights_of = [], None  # the old ones go first: two layers may not fit
+            self.weights = [self._rank_weights(prepared, rank, local) for rank in range(case.ranks)]
+            self._weights_of = made.weights
+        for rank, tokens in enumerate(case.tokens):
+            views = self.buffer.rank(rank)
+            views.x.view(torch.uint8)[:tokens] = made.x[rank]
+            views.x_sf[:tokens] = made.x_sf[rank]
+            views.topk_idx[:tokens] = made.topk_idx[rank]
+            views.topk_weights[:tokens] = made.topk_weights[rank]
+        device = prepared.device
+        self.outputs = [torch.empty(t, shape.hidden, dtype=torch.bfloat16, device=device) for t in case.tokens]
+        self.counts = [torch.zeros(local, dtype=torch.int32, device=device) for _ in case.tokens]
+        self.prepared = prepared
+
+    def fill(self, byte: int) -> None:
+        """y, the slots and the pool: everything that a launch has to write before it is read."""
+        for y in self.outputs:
+            y.view(torch.uint8).fill_(byte)
+        for rank in range(self._buffer.problem.ranks):
+            views = self._buffer.rank(rank)
+            for name in (*POOL_STAGES[::2], "slots"):
+                getattr(views, name).view(torch.uint8).fill_(byte)
+            for name in POOL_STAGES[1::2]:
+                getattr(views, name).t().view(torch.uint8).fill_(byte)
+
+    def launch(self) -> None:
+        """Raises KernelTimeout when a role waited in vain."""
+        l1, l2 = zip(*self.weights, strict=True)
+        api.fp8_mega_moe(self.outputs, l1, l2, self._buffer, self.counts, recipe=self._prepared.case.recipe)
+        self._buffer.check()
+
+    def stages(self) -> dict[str, Tensor]:
+        """Read back from pools and slots; raises AssertionError where a routed row is missing or in another place.
+
+        Where blocks share a place in the ring, only the last one's activations are left: slots alone are shown then.
+        """
+        case, where = self._prepared.case, routes(self._prepared.inputs.topk_idx)
+        local = case.shape.experts_per_rank(case.ranks)
+        ring_rows, whole = self._buffer.problem.ring_rows, True
+        scales = case.shape.intermediate // case.recipe.activation_granularity
+        found: dict[str, list[Tensor]] = {name: [] for name in (*POOL_STAGES, "place")}
+        for rank in range(case.ranks):
+            views = self._buffer.rank(rank)
+            received = where.expert[where.expert // local == rank] - rank * local
+            rows, expert = pool_rows(torch.bincount(received, minlength=local), BLOCK_M)
+            source, slot_row = views.pool_source[rows].long().unbind(1)
+            capacity, topk = self._buffer.problem.capacity, case.shape.topk
+            entry = slot_row % capacity * topk + slot_row // capacity
+            found["place"].append(torch.stack([source, entry, expert + rank * local], dim=1))
+            whole &= not len(rows) or int(rows[-1]) < ring_rows
+            for name in POOL_STAGES if whole else ():
+                dtype = torch.float32 if name.endswith("_sf") else torch.uint8
+                found[name].append(getattr(views, name).view(dtype)[rows, : scales if name == "l2_acts_sf" else None])
+        place = torch.cat(found.pop("place"))
+        order = torch.argsort((place[:, 0] << 40) + place[:, 1])
+        wanted = torch.stack([where.rank, where.token * case.shape.topk + where.slot, where.expert], dim=1)
+        assert torch.equal(place[order], wanted), "a routed row is missing, doubled, or with another expert"
+        stages = {name: torch.cat(parts)[order] for name, parts in found.items()} if whole else {}
+        ours = [where.rank == rank for rank in range(case.ranks)]  # rank after rank, as the routes are
+        slots = [self._buffer.rank(r).slots[where.slot[mine], where.token[mine]] for r, mine in enumerate(ours)]
+        stages["slots"] = torch.cat(slots)
+        return stages if len(where) else {"slots": stages["slots"]}
+
+    def y(self) -> list[Tensor]:
+        """By rank."""
+        return self.outputs
+
+    def stats(self) -> list[Tensor]:
+        """By rank, over all launches since `prepare`."""
+        return self.counts
+
+    def close(self) -> None:
+        """Frees buffer and weights."""
+        if self.buffer is not None:
+            self.buffer.destroy()
+        self.buffer = self.prepared = self._weights_of = None
+        self.weights = self.outputs = self.counts = []
+
+    def _require(self) -> None:
+        api.require_device()
+
+    def _make_buffer(self, problem: Problem) -> Any:
+        sizes = (problem.experts, problem.capacity, problem.topk, problem.hidden, problem.intermediate)
+        return api.get_symm_buffer_for_mega_moe(api.VirtualGroup(problem.ranks), *sizes, ring_blocks=problem.ring)
+
+    @staticmethod
+    def _rank_weights(prepared: Prepared, rank: int, local: int) -> tuple:
+        experts = map(prepared.inputs.weights, range(rank * local, (rank + 1) * local))
+        w1, w1_sf, w2, w2_sf = (torch.stack(part) for part in zip(*experts, strict=True))
+        return api.transform_weights_for_mega_moe_sm90((w1.view(FP8), w1_sf), (w2.view(FP8), w2_sf))
+
+    @property
+    def _buffer(self) -> Any:
+        assert self.buffer is not None, "prepare comes first"
+        return self.buffer
+
+    @property
+    def _prepared(self) -> Prepared:
+        assert self.prepared is not None, "prepare comes first"
+        return self.prepared
+
+
+def make() -> MegaproofAdapter:
+    """The factory of `--kernel megaproof.proof.adapters.megaproof:make`."""
+    return MegaproofAdapter()

@@ -1,0 +1,168 @@
+"""What a failure leaves behind: a small pair of files from which `python -m reference explain` starts.
+
+`<case id>-<stage>.safetensors` holds the differing row of the stage and the token's row of y, expected and actual;
+the `.json` beside it holds the case, the place, the bits and versions, and the sha256 of the first. The JSON is written
+last, so an interrupted write is an incomplete bundle and never a wrong one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from megaproof import HOME
+from megaproof.cases.cases import Case
+from megaproof.golden.store import replace
+from megaproof.proof.divergence import Divergence
+from megaproof.proof.divergence.formats import STORED, unsigned
+from megaproof.quant import twin
+from megaproof.quant.recipe import Recipe, RecipeError
+from megaproof.quant.shapes import Shape
+from megaproof.reference.layer import STAGES
+
+FOLDER = HOME / "reports" / "bundles"
+LARGEST = 1 << 20
+"""Bytes of a bundle."""
+FORMAT = 1
+"""Version of the layout; a reader refuses another."""
+
+
+class BundleError(ValueError):
+    """A bundle that is missing, damaged or of another version; the message names the file and the reason."""
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle, read and verified."""
+
+    case: Case
+    stage: str
+    place: dict[str, Any]
+    """Fields of `divergence.place.Place`."""
+    expected_bits: int
+    actual_bits: int
+    patterns: list[str]
+    rows: dict[str, Tensor]
+    """'expected', 'actual': the row of the stage; 'y_expected', 'y_actual': the token's row of y, where it has one."""
+    versions: dict[str, str]
+
+
+def write(divergence: Divergence, case: Case, folder: Path = FOLDER) -> Path:
+    """Writes the bundle of a divergence and returns the path of its JSON; an older one of the same name is replaced.
+
+    Raises BundleError for a divergence without an element (a wrong shape), and above LARGEST bytes.
+    """
+    if divergence.place is None:
+        raise BundleError(f"stage {divergence.stage}: {divergence.problem}: there is no element to keep")
+    if divergence.case_id != case.id:
+        raise BundleError(f"the divergence is of case {divergence.case_id}, not of {case.id}")
+    blob = save_tensors({name: row.contiguous() for name, row in divergence.rows.items()})
+    entry = {
+        "bundle": FORMAT,
+        "case_id": case.id,
+        "case": case_fields(case),
+        "seed": case.seed,
+        "recipe_id": case.recipe.recipe_id,
+        "stage": divergence.stage,
+        "equation": divergence.equation,
+        "place": dataclasses.asdict(divergence.place),
+        "expected_bits": f"0x{divergence.expected_bits:x}",
+        "actual_bits": f"0x{divergence.actual_bits:x}",
+        "format": divergence.format,
+        "extent": divergence.extent,
+        "patterns": [f"{pattern.name}: {pattern.text}" for pattern in divergence.patterns],
+        "tensors_sha256": hashlib.sha256(blob).hexdigest(),
+        "versions": versions(),
+    }
+    text = (json.dumps(entry, indent=1) + "\n").encode()
+    if len(blob) + len(text) > LARGEST:
+        raise BundleError(f"the bundle of {case.id} would be {len(blob) + len(text):,} bytes; at most {LARGEST:,}")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{case.id}-{divergence.stage}.json"
+    path.unlink(missing_ok=True)
+    replace(path.with_suffix(".safetensors"), blob)
+    replace(path, text)
+    return path
+
+
+def read(path: Path) -> Bundle:
+    """The bundle of a JSON file (or of the safetensors file beside it), its tensors verified.
+
+    Raises BundleError naming the file and what is wrong with it.
+    """
+    path = path.with_suffix(".json")
+    tensors = path.with_suffix(".safetensors")
+    for file in (path, tensors):
+        if not file.is_file():
+            raise BundleError(f"bundle {path.stem}: {file.name} is missing, so it was not written to its end")
+    try:
+        entry = json.loads(path.read_text())
+        if entry["bundle"] != FORMAT:
+            raise BundleError(f"{path.name} has bundle format {entry['bundle']}; this version reads {FORMAT}")
+        blob = tensors.read_bytes()
+        if hashlib.sha256(blob).hexdigest() != entry["tensors_sha256"]:
+            raise BundleError(f"{tensors.name} is damaged: its sha256 is not the one that {path.name} names")
+        found = Bundle(
+            case_of(entry["case"]),
+            entry["stage"],
+            entry["place"],
+            int(entry["expected_bits"], 16),
+            int(entry["actual_bits"], 16),
+            list(entry["patterns"]),
+            load_tensors(blob),
+            dict(entry["versions"]),
+        )
+        _check(found)
+    except BundleError:
+        raise
+    except RecipeError as error:
+        raise BundleError(f"{path.name} is of a recipe or shape that this version does not know: {error}") from error
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise BundleError(f"{path.name} is damaged: {type(error).__name__}: {error}") from error
+    return found
+
+
+def _check(found: Bundle) -> None:
+    """The coordinates and the bits are those of the rows."""
+    if found.stage not in STAGES:
+        raise BundleError(f"stage {found.stage!r} is none of {', '.join(STAGES)}")
+    column = 0 if found.stage == "stats" else found.place["column"]
+    for side, bits in (("expected", found.expected_bits), ("actual", found.actual_bits)):
+        row = found.rows[side]
+        if row.dtype != STORED[found.stage].dtype or int(unsigned(row)[column]) != bits:
+            raise BundleError(f"the {side} row does not hold {bits:#x} in column {column}, as the JSON says")
+
+
+def case_fields(case: Case) -> dict[str, Any]:
+    """A case as JSON values; inverse of `case_of`."""
+    fields = {field.name: getattr(case, field.name) for field in dataclasses.fields(case)}
+    return fields | {
+        "shape": dataclasses.asdict(case.shape),
+        "tokens": list(case.tokens),
+        "recipe": case.recipe.fields(),
+    }
+
+
+def case_of(fields: dict[str, Any]) -> Case:
+    """The case of `case_fields`. Raises TypeError for a field that Case does not have, RecipeError for its values."""
+    built = {
+        "shape": Shape(**fields["shape"]),
+        "tokens": tuple(fields["tokens"]),
+        "recipe": Recipe.from_fields(fields["recipe"]),
+    }
+    return Case(**(fields | built))
+
+
+def versions() -> dict[str, str]:
+    """What computed the expected values."""
+    return {"python": platform.python_version(), "torch": torch.__version__, "arithmetic": twin.describe("cpu")}

@@ -1,0 +1,253 @@
+"""A small traced layer, and errors planted in its stages: one for each pattern that a comparison claims to know."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megaproof.cases import inputs
+from megaproof.cases.cases import Case
+from megaproof.proof.divergence import Divergence, first_divergence
+from megaproof.proof.divergence.formats import STORED, unsigned
+from megaproof.proof.divergence.place import Rows, expert_rows, slot_rows, token_rows
+from megaproof.quant.formats import f32_from_bits
+from megaproof.quant.shapes import SHAPES
+from megaproof.reference.layer import STAGES, LayerResult, moe_layer
+
+CASE = Case(SHAPES["smoke"], (100, 60), routing="one_hot")
+"""160 tokens, all of them in one expert's rows: two tiles of it; 42 a rank and expert elsewhere."""
+
+
+@functools.cache
+def layer() -> tuple[inputs.Inputs, LayerResult]:
+    made = inputs.make(CASE)
+    return made, moe_layer(CASE.recipe, *made.arguments(), trace=True, experts=CASE.shape.experts)
+
+
+@functools.cache
+def rows_of(stage: str) -> Rows:
+    if stage == "y":
+        return token_rows(CASE)
+    return expert_rows(CASE) if stage == "stats" else slot_rows(CASE, layer()[0].topk_idx)
+
+
+def expected(stage: str) -> Tensor:
+    trace = layer()[1].trace
+    assert trace is not None
+    return trace[stage]
+
+
+def found(stage: str, planted: Tensor, **known: object) -> Divergence:
+    """The divergence of one planted stage."""
+    _, result = layer()
+    stages = {name: expected(name) for name in STAGES[:-2]} | ({} if stage in ("y", "stats") else {stage: planted})
+    y = list((planted if stage == "y" else expected("y")).split(list(CASE.tokens)))
+    stats = list((planted if stage == "stats" else expected("stats")).split(8))
+    divergence = first_divergence(result, stages, y, stats, CASE, topk_idx=layer()[0].topk_idx, **known)
+    assert divergence is not None
+    assert divergence.stage == stage
+    return divergence
+
+
+def bits_to(stage: str, bits: Tensor) -> Tensor:
+    """Unsigned bits -> a tensor of the stage."""
+    if stage in ("l1_acts", "l2_acts"):
+        return bits.to(torch.uint8)
+    if STORED[stage].dtype == torch.bfloat16:
+        return torch.where(bits >= 1 << 15, bits - (1 << 16), bits).to(torch.int16).view(torch.bfloat16)
+    return f32_from_bits(bits) if stage != "stats" else bits.to(torch.int32)
+
+
+@functools.cache
+def some() -> Tensor:
+    """int64 [2]: rows of two tokens and two experts, far apart, that are nearly free of zeros in every stage."""
+    rows = rows_of("slots")
+    full = torch.stack([(unsigned(expected(stage)) != 0).float().mean(1) > 0.7 for stage in STAGES[:5]]).all(0)
+    first = int(full.nonzero()[3])
+    other = full & (rows.expert != rows.expert[first]) & (rows.rank != rows.rank[first])
+    return torch.tensor([first, int(other.nonzero()[0])])
+
+
+# --- errors ---------------------------------------------------------------------------------------------------------
+
+Edit = Callable[[Tensor, Rows], object]
+
+
+@dataclass(frozen=True)
+class Plant:
+    """One error: an edit of a stage's unsigned bits in place, and the names it must be given, all of them."""
+
+    stage: str
+    edit: Edit
+    names: set[str]
+    says: str = ""
+    """Part of the report's text; {0} and {1} are the rows `some`."""
+
+
+def noise(bits: Tensor, stage: str, where: tuple[Tensor, ...]) -> None:
+    """Other bits of the stage's width, anything but what they were."""
+    chance = torch.Generator().manual_seed(5)
+    width = STORED[stage].width
+    change = torch.randint(1, 1 << min(width, 31), (len(where[0]),), generator=chance)
+    bits[where] ^= change
+
+
+def scramble(bits: Tensor, _: Rows, rows: Tensor | slice = slice(None), columns: Tensor | slice = slice(None)) -> None:
+    """Different bits in a block, no two alike in a pattern."""
+    width = 8 if int(bits.max()) < 256 else 16
+    index = torch.arange(bits.numel()).reshape(bits.shape)
+    change = (index * 2654435761 >> 7) % ((1 << width) - 4) + 2
+    block = torch.zeros_like(bits, dtype=torch.bool)
+    rows = torch.arange(len(bits))[rows]
+    block[rows[:, None], torch.arange(bits.shape[1])[columns]] = True
+    bits[block] ^= change[block]
+
+
+def swap(bits: Tensor, i: int, j: int, columns: slice = slice(None)) -> None:
+    bits[[i, j], columns] = bits[[j, i], columns].clone()
+
+
+def swap_some(bits: Tensor, _: Rows) -> None:
+    swap(bits, *some().tolist())
+
+
+def shift_expert(bits: Tensor, rows: Rows, step: int) -> None:
+    for e in rows.expert.unique():
+        mine = (rows.expert == e).nonzero().squeeze(1)
+        bits[mine] = bits[mine.roll(step)].clone()
+
+
+def scale(stage: str, k: int, columns: slice = slice(None)) -> Edit:
+    def edit(bits: Tensor, _: Rows) -> None:
+        stored = STORED[stage]
+        for row in some().tolist():
+            bits[row, columns] = stored.encode(stored.values(bits[row, columns]) * 2.0**k)
+
+    return edit
+
+
+def in_expert(rows: Rows, e: int) -> Tensor:
+    return (rows.expert == e).nonzero().squeeze(1)
+
+
+def hot(rows: Rows) -> int:
+    return int(rows.expert.mode().values)
+
+
+def cold(rows: Rows) -> int:
+    """Another busy expert."""
+    return int(rows.expert[rows.expert != hot(rows)][0])
+
+
+def with_value(bits: Tensor, rows: Tensor | int | slice, value: int) -> None:
+    bits[rows] = value
+
+
+def even_groups(bits: Tensor, rows: Rows) -> None:
+    for start in range(0, bits.shape[1], 128):
+        scramble(bits, rows, slice(3, 5), slice(start, start + 64))
+
+
+def core(bits: Tensor, rows: Rows) -> None:
+    block = in_expert(rows, hot(rows))[8:16]
+    scramble(bits, rows, block, slice(24, 32))
+
+
+def tile_rows(bits: Tensor, rows: Rows, first: bool) -> None:
+    edge = rows.expert_row % 128 == 0
+    if not first:
+        edge = (rows.expert_row % 128 == 127) | (rows.expert_row == rows.expert_rows - 1)
+    scramble(bits, rows, edge.nonzero().squeeze(1), slice(5, 9))
+
+
+def some_of(key: str, value: int, columns: slice) -> Edit:
+    """Wrong elements in every row whose `key` is `value`, in a few columns."""
+    return lambda bits, rows: scramble(bits, rows, (getattr(rows, key) == value).nonzero().squeeze(1), columns)
+
+
+def one_token(bits: Tensor, rows: Rows) -> None:
+    mine = ((rows.rank == 1) & (rows.token == 9)).nonzero().squeeze(1)
+    scramble(bits, rows, mine, slice(5, 9))
+
+
+def nudge(bits: Tensor, places: Tensor) -> None:
+    """One ulp up or down; the last bit flipped."""
+    bits[some()[0], places] ^= 1
+
+
+PLANTS = {
+    "whole row": Plant("slots", lambda b, r: scramble(b, r, slice(11, 12)), {"whole row", "one token only"}, "11"),
+    "two whole rows": Plant("slots", lambda b, r: scramble(b, r, some()), {"whole row"}, "{0}, {1}"),
+    "whole row of y": Plant("y", lambda b, r: scramble(b, r, slice(11, 12)), {"whole row", "one token only"}),
+    "whole column": Plant("slots", lambda b, r: scramble(b, r, slice(None), slice(77, 78)), {"whole column"}, "77"),
+    "rows swapped": Plant(
+        "slots", lambda b, r: swap(b, *some().tolist()), {"whole row", "rows swapped"}, "{0} and {1}"
+    ),
+    "rows of y swapped": Plant("y", lambda b, r: swap(b, 9, 10), {"whole row", "rows swapped"}, "9 and 10"),
+    "part of two rows swapped": Plant(
+        "slots", lambda b, r: swap(b, *some().tolist(), slice(128, 256)), {"rows swapped"}, "in columns 128 to 255"
+    ),
+    "a row copied": Plant(
+        "slots",
+        lambda b, r: b[some()[0]].copy_(b[some()[1]]),
+        {"whole row", "rows moved", "one token only"},
+        "row {0} holds row {1}",
+    ),
+    "shifted in the experts": Plant(
+        "slots", lambda b, r: shift_expert(b, r, 1), {"everything", "shifted by one row"}, "its expert's rows"
+    ),
+    "shifted back": Plant(
+        "slots", lambda b, r: shift_expert(b, r, -1), {"everything", "shifted by one row"}, "row after it"
+    ),
+    "shifted in y": Plant(
+        "y",
+        lambda b, r: b[20:40].copy_(b[19:39].clone()),
+        {"whole row", "shifted by one row", "one source rank only"},
+        "canonical order",
+    ),
+    "stale NaN": Plant("slots", lambda b, r: with_value(b, some(), 0x7FA0), {"stale: NaN", "whole row"}),
+    "stale zero": Plant("slots", lambda b, r: with_value(b, some(), 0), {"stale: zero", "whole row"}),
+    "stale zero of y": Plant("y", lambda b, r: with_value(b, slice(None), 0), {"stale: zero", "everything"}),
+    "a constant": Plant("slots", lambda b, r: with_value(b, some(), 0x4242), {"constant", "whole row"}),
+    "codes times 2": Plant("l2_acts", scale("l2_acts", 1, slice(8, 150)), {"scaled by a power of two"}, "2^1"),
+    "slots times 2^-3": Plant("slots", scale("slots", -3), {"scaled by a power of two", "whole row"}, "2^-3"),
+    "scale factors times 2": Plant("l2_acts_sf", scale("l2_acts_sf", 1), {"scaled by a power of two"}, "2^1"),
+    "one scale factor halved": Plant(
+        "l2_acts_sf", lambda b, r: b[some()[0], 2].sub_(1 << 23), {"scaled by a power of two"}, "2^-1"
+    ),
+    "an 8x8 core matrix": Plant("slots", core, {"8x8 core matrix", "one expert only"}, "column 24"),
+    "every other 64-group": Plant("l2_acts", even_groups, {"64 against 128"}, "even"),
+    "every other scale factor": Plant(
+        "l2_acts_sf", lambda b, r: b[300:440, 1::2].bitwise_xor_(0x155555), {"64 against 128"}, "odd"
+    ),
+    "first rows of tiles": Plant("slots", lambda b, r: tile_rows(b, r, True), {"first row of a tile"}),
+    "last rows of tiles": Plant(
+        "slots", lambda b, r: tile_rows(b, r, False), {"last row of a tile", "one source rank only"}
+    ),
+    "one source rank": Plant("slots", some_of("rank", 1, slice(5, 9)), {"one source rank only"}, "rank 1"),
+    "one source rank of y": Plant("y", some_of("rank", 1, slice(5, 9)), {"one source rank only"}, "rank 1"),
+    "one destination rank": Plant("slots", some_of("destination", 1, slice(5, 9)), {"one destination rank only"}),
+    "one expert": Plant("slots", lambda b, r: scramble(b, r, in_expert(r, cold(r)), slice(5, 9)), {"one expert only"}),
+    "one token": Plant("slots", one_token, {"one token only"}, "token 9 of rank 1"),
+    "sign flip": Plant(
+        "slots", lambda b, r: b[some()[0], 5:90:7].bitwise_xor_(0x8000), {"sign flip", "one token only"}
+    ),
+    "sign of a zero": Plant(
+        "y", lambda b, r: b[3, 5:7].bitwise_xor_(0x8000), {"sign flip", "one token only"}, "all are zeros"
+    ),
+    "last bit of one byte": Plant("l2_acts", lambda b, r: b[some()[0], 5].bitwise_xor_(1), {"last bit only"}),
+    "last bits": Plant("y", lambda b, r: nudge(b, torch.arange(5, 90, 7)), {"last bit only", "one token only"}),
+    "a count doubled": Plant("stats", lambda b, r: b.mul_(2), {"everything", "scaled by a power of two"}, "2^1"),
+    "counts dropped": Plant("stats", lambda b, r: b.mul_(0), {"everything", "stale: zero"}),
+}
+
+
+def plant(error: Plant) -> Tensor:
+    stage = expected(error.stage)
+    bits = unsigned(stage).reshape(len(stage), -1)
+    error.edit(bits, rows_of(error.stage))
+    return bits_to(error.stage, bits.reshape(stage.shape))

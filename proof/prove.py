@@ -1,0 +1,184 @@
+"""The proof of a kernel on one case: three launches through its adapter, everything that it shows compared.
+
+1. The case.  2. The same again: the same bits, and statistics twice as large.  3. Another batch in the same buffers:
+each rank gets the tokens of the rank before it in reverse order, one fewer where there are two or more. What is
+expected of it are rows of the case's own result, since a token's row depends on neither batch nor rank.
+Each time, in this order: the stages that the kernel shows, y of every rank, statistics, on a lattice whether y is what
+int64 arithmetic alone says, and whether the inputs are what they were.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megaproof.cases.compare import Differs
+from megaproof.cases.inputs import Inputs
+from megaproof.proof import tally
+from megaproof.proof.adapters import Adapter, Prepared
+from megaproof.proof.divergence import Divergence, compare_stages
+from megaproof.proof.exact import Exact
+from megaproof.reference.layer import STAGES, LayerResult
+
+SHOWN = STAGES[:5]
+"""Stages that an adapter may show; y and statistics it must."""
+FILL = 0xFF
+"""The byte that buffers are filled with where an adapter can do so: a NaN in every format, and none that the layer
+makes."""
+LAUNCHES = ("the first launch", "the second launch", "another batch")
+
+
+class Convicted(AssertionError):
+    """A kernel that is wrong. `check` names what saw it: a stage, 'y', 'y of other ranks' (the first one's is right),
+    'written' (NaN where there should be a number), 'stats', 'integers' (y is the reference's, and both are wrong),
+    'inputs', 'stages'; then which launch, if not the first."""
+
+    def __init__(self, check: str, launch: int, message: str, expected_y: Sequence[Tensor]) -> None:
+        self.check = check if launch == 0 else f"{check} of {LAUNCHES[launch]}"
+        self.of_case = launch < 2
+        """Whether the case's seed makes the inputs again."""
+        super().__init__(f"{self.check}: {message}")
+        self.expected_y = list(expected_y)
+        """What the last launch had to return."""
+        self.divergence: Divergence | None = None
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was compared."""
+
+    compared: dict[str, int]
+    """Elements by stage, over all launches."""
+    launches: int
+    shown: tuple[str, ...]
+    not_shown: tuple[str, ...]
+    filled: bool
+    """Whether buffers held NaNs before each launch."""
+    by_integers: int = 0
+    """Elements of y that int64 arithmetic was asked for besides."""
+
+    @property
+    def elements(self) -> int:
+        """Of all stages."""
+        return sum(self.compared.values())
+
+    def __str__(self) -> str:
+        stages = ", ".join(f"{name} {count:,}" for name, count in self.compared.items())
+        hidden = f"; not shown: {', '.join(self.not_shown)}" if self.not_shown else ""
+        integers = f"; {self.by_integers:,} of y by int64 arithmetic too" if self.by_integers else ""
+        filled = "filled with NaN before" if self.filled else "not filled before"
+        return f"{self.elements:,} elements in {self.launches} launches: {stages}{hidden}{integers}; buffers {filled}"
+
+
+def prove(
+    adapter: Adapter, prepared: Prepared, expected: LayerResult, launches: int = 3, integers: Exact | None = None
+) -> Proof:
+    """The first `launches` of the three; expected: the reference's traced result; integers: rows of y without it.
+
+    Raises `Convicted`.
+    """
+    fill = getattr(adapter, "fill", None)
+    twice = [2 * counts for counts in expected.stats]
+    doubled = LayerResult(expected.y, twice, {**(expected.trace or {}), "stats": torch.cat(twice)})
+    plan = [(prepared, expected, integers), (prepared, doubled, integers)]
+    if prepared.world != "gloo":  # its processes make their inputs from the case's seed, so they know whole cases only
+        plan.append((*another_batch(prepared, expected), integers and integers.moved(turned)))
+    plan = plan[:launches]
+    compared, by_integers, previous, stages, digest = Counter(), 0, None, {}, ""
+    for launch, (problem, wanted, exact) in enumerate(plan):
+        if launch != 1:
+            digest = problem.inputs.sha256()
+            adapter.prepare(problem)
+        if fill:
+            fill(FILL)
+        adapter.launch()
+        stages = adapter.stages()
+        compared.update(_compare(adapter, stages, previous, launch, problem, wanted))
+        if exact:
+            by_integers += _compare_integers(adapter, launch, wanted, exact)
+        if problem.inputs.sha256() != digest:
+            raise Convicted("inputs", launch, "the kernel wrote to its inputs", wanted.y)
+        previous = {name: tensor.clone() for name, tensor in stages.items()}
+    shown = tuple(name for name in SHOWN if name in stages)
+    hidden = tuple(name for name in SHOWN if name not in stages)
+    tally.add(adapter.name, compared, len(plan))
+    return Proof(dict(compared), len(plan), shown, hidden, bool(fill), by_integers)
+
+
+def turned(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors by rank, one row a token, for the third launch."""
+    return [tensor[: max(1, len(tensor) - 1)].flip(0) for tensor in [*tensors[-1:], *tensors[:-1]]]
+
+
+def another_batch(prepared: Prepared, expected: LayerResult) -> tuple[Prepared, LayerResult]:
+    """(problem, its result) of the third launch."""
+    made, case, trace = prepared.inputs, prepared.case, expected.trace
+    assert trace is not None, "the proof needs the reference's trace"
+    topk_idx = turned(made.topk_idx)
+    inputs = Inputs(turned(made.x), turned(made.x_sf), topk_idx, turned(made.topk_weights), made.weights)
+    smaller = dataclasses.replace(case, tokens=tuple(map(len, topk_idx)))
+    routed = torch.cat(topk_idx).flatten().cpu()
+    counts = torch.bincount(routed[routed >= 0], minlength=case.shape.experts).to(torch.int32)
+    stats = list(counts.to(made.x[0].device).chunk(case.ranks))
+
+    first = [sum(case.tokens[:rank]) for rank in range(case.ranks)]
+    source = torch.cat(turned([first[rank] + torch.arange(tokens) for rank, tokens in enumerate(case.tokens)]))
+    active = torch.cat([(idx >= 0).sum(1).cpu() for idx in made.topk_idx])
+    end = active.cumsum(0)
+    rows = [row for t in source.tolist() for row in range(int(end[t] - active[t]), int(end[t]))]
+    order = torch.tensor(rows, dtype=torch.int64, device=trace["rows"].device)
+    y = turned(expected.y)
+    stages = {name: trace[name] if not len(trace[name]) else trace[name][order] for name in SHOWN}
+    stages |= {"y": torch.cat(y), "stats": torch.cat(stats)}
+    return dataclasses.replace(prepared, case=smaller, inputs=inputs, whole=False), LayerResult(y, stats, stages)
+
+
+def _compare(
+    adapter: Adapter,
+    stages: dict[str, Tensor],
+    previous: dict[str, Tensor] | None,
+    launch: int,
+    problem: Prepared,
+    wanted: LayerResult,
+) -> dict[str, int]:
+    """Elements compared in one launch, by stage; every rank's results are read before the verdict."""
+    if unknown := sorted(set(stages) - set(SHOWN)):
+        raise Convicted("stages", launch, f"{', '.join(unknown)}: unknown; known are {', '.join(SHOWN)}", wanted.y)
+    y, stats = adapter.y(), adapter.stats()
+    found = compare_stages(
+        wanted,
+        stages,
+        y,
+        stats,
+        problem.case,
+        topk_idx=problem.inputs.topk_idx,
+        previous=previous,
+        fill={"y": FILL << 8 | FILL} if hasattr(adapter, "fill") else None,
+    )
+    if found.divergence is None:
+        return found.compared
+    check, ranks = found.divergence.stage, ""
+    if check == "y" and not found.divergence.problem:
+        pairs = [(a.cpu(), b.cpu()) for a, b in zip(wanted.y, y, strict=True)]
+        wrong = [r for r, (a, b) in enumerate(pairs) if not torch.equal(a.view(torch.int16), b.view(torch.int16))]
+        ranks = f"rank {', '.join(map(str, wrong))} of {len(pairs)} differ\n"
+        if any(bool((b.isnan() & ~a.isnan()).any()) for a, b in pairs):
+            check = "written"
+        elif wrong[0] != next(rank for rank, tokens in enumerate(problem.case.tokens) if tokens):
+            check = "y of other ranks"
+    error = Convicted(check, launch, f"{ranks}{found.divergence.report()}", wanted.y)
+    error.divergence = found.divergence
+    raise error
+
+
+def _compare_integers(adapter: Adapter, launch: int, wanted: LayerResult, exact: Exact) -> int:
+    """Elements of the kernel's own y that int64 arithmetic has confirmed."""
+    try:
+        return exact.compare(adapter.y())
+    except Differs as error:
+        raise Convicted("integers", launch, f"y is the reference's, and both are wrong: {error}", wanted.y) from error

@@ -1,0 +1,206 @@
+"""The ranks of one run, a process each: `python -m proof.worlds.rank_process FOLDER`, started by `proof.worlds.gloo`.
+
+This process, the starter, imports torch and loads the compiled arithmetic once, forks the ranks and waits for them.
+FOLDER/job.json says what to compute. There every rank leaves, as rank<r>.<name>: log (what it prints), pid, state
+(where it is, one line), result.safetensors, and error.json when it raised; the starter adds its exit status. A rank
+computes on one thread; ranks die with the starter, and the starter with the process that started it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import faulthandler
+import importlib
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megaproof.cases import inputs
+from megaproof.cases.cases import Case
+from megaproof.quant import twin
+from megaproof.quant.recipe import Recipe
+from megaproof.quant.shapes import Shape
+from megaproof.reference.arguments import Problem
+from megaproof.reference.exchange import Exchange, check_messages
+from megaproof.reference.ranks import RankResult, rank_layer
+
+PR_SET_PDEATHSIG = 1
+"""prctl(2): the signal that this process gets when its parent ends."""
+
+
+Before = Callable[[Exchange, int], Exchange]
+"""Called in each rank before its layer, as before(exchange, rank); returns the exchange to use."""
+
+
+class PeerLost(RuntimeError):
+    """The exchange broke: another rank is gone. The cause is there, not here."""
+
+
+def case_to_json(case: Case) -> dict[str, Any]:
+    """A case as plain JSON values."""
+    fields = {field.name: getattr(case, field.name) for field in dataclasses.fields(case)}
+    return fields | {"shape": dataclasses.asdict(case.shape), "recipe": case.recipe.fields()}
+
+
+def case_from_json(fields: dict[str, Any]) -> Case:
+    """Inverse of `case_to_json`."""
+    shape, recipe = Shape(**fields["shape"]), Recipe.from_fields(fields["recipe"])
+    return Case(**fields | {"shape": shape, "recipe": recipe, "tokens": tuple(fields["tokens"])})
+
+
+class GlooExchange:
+    """The `Exchange` of a process: torch.distributed over gloo. Messages travel as uint8, on the CPU."""
+
+    def __init__(self, rank: int, ranks: int, store: Path, timeout_s: float, note: Callable[[str], None]) -> None:
+        """note(text) is told where the rank is: what a rank that hangs was doing."""
+        self.ranks, self.note, self.calls = ranks, note, 0
+        note("in the rendezvous")
+        try:
+            dist.init_process_group(
+                "gloo",
+                store=dist.FileStore(str(store), ranks),
+                rank=rank,
+                world_size=ranks,
+                timeout=timedelta(seconds=timeout_s),
+            )
+        except RuntimeError as error:
+            raise PeerLost("the ranks did not find each other") from error
+        note("computing")
+
+    def all_to_all(self, messages: list[Tensor]) -> list[Tensor]:
+        check_messages(messages, self.ranks)
+        self.calls += 1
+        self.note(f"in exchange {self.calls}")
+        lengths = torch.tensor([len(message) for message in messages]).view(torch.uint8)
+        their_lengths = torch.empty_like(lengths)
+        try:
+            dist.all_to_all_single(their_lengths, lengths)
+            come = their_lengths.view(torch.int64).tolist()
+            received = torch.empty(sum(come), dtype=torch.uint8)
+            dist.all_to_all_single(received, torch.cat(messages).cpu(), come, [len(message) for message in messages])
+        except RuntimeError as error:
+            raise PeerLost(f"exchange {self.calls} broke") from error
+        self.note(f"computing, after exchange {self.calls}")
+        return list(received.to(messages[0].device).split(come))
+
+    def leave(self) -> None:
+        """Returns when all ranks are here: none closes its connections while another still reads from them."""
+        self.note("in the last barrier")
+        try:
+            dist.barrier()
+        except RuntimeError as error:
+            raise PeerLost("the last barrier broke") from error
+        dist.destroy_process_group()
+
+
+def run(folder: Path, rank: int, job: dict[str, Any], case: Case, before: Before | None) -> None:
+    """Computes the job's case as one rank and writes the result."""
+    faulthandler.register(signal.SIGUSR1)  # asks a rank that hangs where it is
+    write_text(folder / f"rank{rank}.pid", str(os.getpid()))
+    state = folder / f"rank{rank}.state"
+    gloo = GlooExchange(
+        rank, case.ranks, folder / "store", job["exchange_timeout_s"], lambda text: write_text(state, text)
+    )
+    exchange = before(gloo, rank) if before else gloo
+
+    made = inputs.make(case, job["device"])
+    x, x_sf, topk_idx, topk_weights = (tensors[rank] for tensors in made.arguments()[:4])
+    shape = case.shape
+    problem = Problem(case.ranks, shape.hidden, shape.topk, shape.experts, case.tokens, x.device)
+    own = (x, x_sf, topk_idx, topk_weights, made.weights)
+    write_result(folder, rank, rank_layer(exchange, rank, problem, case.recipe, *own, trace=True))
+    gloo.leave()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(text)
+    unfinished.replace(path)
+
+
+def write_result(folder: Path, rank: int, result: RankResult) -> None:
+    """Whole or not at all."""
+    tensors = {"y": result.y, "stats": result.stats, "sent": result.sent, **(result.trace or {})}
+    unfinished = folder / f"rank{rank}.unfinished"
+    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, unfinished)
+    unfinished.replace(folder / f"rank{rank}.result.safetensors")
+
+
+# --- processes --------------------------------------------------------------------------------------------------------
+
+
+def start_ranks(folder: Path) -> None:
+    """Forks the ranks of FOLDER/job.json and writes each one's exit status as it ends. SIGTERM ends them all."""
+    job = json.loads((folder / "job.json").read_text())
+    die_with(job["parent"])
+    case = case_from_json(job["case"])
+    torch.set_num_threads(1)  # no pool of threads is alive when the ranks are forked
+    twin.codes(0, 0, 1, torch.zeros(256, dtype=torch.uint8))  # loads the compiled arithmetic, once for all ranks
+    before = None
+    if job["before"]:
+        module, _, name = job["before"].partition(":")
+        before = getattr(importlib.import_module(module), name)
+
+    running: dict[int, int] = {}
+
+    def end(*_: object) -> None:
+        for pid in running:
+            os.kill(pid, signal.SIGKILL)
+        for pid in running:
+            os.waitpid(pid, 0)
+        os._exit(1)
+
+    signal.signal(signal.SIGTERM, end)
+    starter = os.getpid()
+    for rank in range(case.ranks):
+        pid = os.fork()
+        if pid == 0:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            die_with(starter)
+            _be(folder, rank, job, case, before)
+        running[pid] = rank
+    while running:
+        pid, status = os.wait()
+        write_text(folder / f"rank{running.pop(pid)}.exit", str(os.waitstatus_to_exitcode(status)))
+
+
+def _be(folder: Path, rank: int, job: dict[str, Any], case: Case, before: Before | None) -> NoReturn:
+    """The life of a rank. It leaves at once when something raised, so that the others see it."""
+    status = 1
+    try:
+        log = os.open(folder / f"rank{rank}.log", os.O_WRONLY | os.O_CREAT, 0o600)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        run(folder, rank, job, case, before)
+        status = 0
+    except BaseException as error:
+        report = {"traceback": traceback.format_exc(), "peer_lost": isinstance(error, PeerLost)}
+        write_text(folder / f"rank{rank}.error.json", json.dumps(report))
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(status)
+
+
+def die_with(parent: int) -> None:
+    """No orphans: the kernel kills this process when its parent ends, however that ends. (Linux.)"""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before the line above
+        os._exit(1)
+
+
+if __name__ == "__main__":
+    start_ranks(Path(sys.argv[1]))

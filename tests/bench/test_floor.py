@@ -1,0 +1,133 @@
+"""The floor of a chip, measured or by model, and how the kernel's tiles fill it. No GPU."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from megaproof.bench import __main__ as cli
+from megaproof.bench.measure.points import PEERS
+from megaproof.bench.model import floor, roofline
+from megaproof.bench.model.roofline import CEILING_TFLOPS, CHIPS, READ_GB_S, Load
+from megaproof.quant.shapes import SHAPES
+from megaproof.reference import scheduler
+from megaproof.tests.support import command_line
+from megaproof.toolchain import build
+
+PRESETS = list(PEERS["shapes"])
+FLASH = Load(4096, 2048, 8, 48, 25)
+
+
+def invoke(*arguments: str) -> tuple[int, str]:
+    """(exit status, all output) of `python -m bench floor`."""
+    return command_line.invoke(cli.app, "floor", *arguments)
+
+
+@pytest.mark.parametrize("size", [10**6, 15 * 10**7, 10**9, 5 * 10**9])
+def test_the_h200_is_the_measured_curve(size: int) -> None:
+    assert CHIPS["H200"].read_us(size) == roofline.read_us(size)
+    assert CHIPS["H200"].multiply_us(FLASH) == roofline.multiply_us(FLASH)
+
+
+def test_h20_by_hand() -> None:
+    """4.0 TB/s x 4535/4800 and a start; 296 TFLOP/s x 1275/1979."""
+    assert CHIPS["H20"].read_us(10**9) == pytest.approx(10 + 1e9 / (4000e9 * 4535 / 4800) * 1e6)
+    assert CHIPS["H20"].multiply_us(FLASH) == pytest.approx(FLASH.flops / (296e12 * 1275 / 1979) * 1e6)
+    assert not CHIPS["H20"].measured
+
+
+def test_the_model_of_the_h200_is_near_its_curve() -> None:
+    """So much may the model of another chip be wrong where only the published rates differ."""
+    h200 = roofline.Chip(132, CHIPS["H200"].tb_s, CHIPS["H200"].fp8_tflops, False)
+    for gb, _ in READ_GB_S:
+        assert h200.read_us(int(gb * 1e9)) == pytest.approx(roofline.read_us(int(gb * 1e9)), rel=0.08)
+    assert h200.multiply_us(FLASH) == pytest.approx(roofline.multiply_us(FLASH))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("routing", ["folded", "distinct"])
+@pytest.mark.parametrize("tokens", [1, 2, 300])
+def test_tasks_are_those_of_the_scheduler(preset: str, routing: str, tokens: int) -> None:
+    shape = SHAPES[preset]
+    counts = floor.routed(shape, tokens, routing, 0)
+    assert sum(counts) == tokens * shape.topk
+    plan = scheduler.make_plan([counts], shape.hidden, 78)
+    all_tasks = scheduler.all_tasks(plan, shape.hidden, shape.intermediate)
+    found = floor.tasks(counts, shape.hidden, shape.intermediate, 78)
+    assert (found.l1, found.l2) == (sum(not task.l2 for task in all_tasks), sum(task.l2 for task in all_tasks))
+    assert found.l2_width == plan.l2_width
+
+
+@pytest.mark.parametrize("l1, l2, waves, last", [(78, 78, 2, 1.0), (78, 79, 3, 1 / 78), (1, 0, 1, 1 / 78)])
+def test_waves(l1: int, l2: int, waves: int, last: float) -> None:
+    found = floor.Tasks(l1, l2, 78, 256)
+    assert (found.waves, found.per_sm) == (waves, (l1 + l2) / 78)
+    assert found.last_wave == pytest.approx(last)
+
+
+def test_registers_are_those_of_the_source() -> None:
+    source = (build.FOLDER / "moe_sm90.cu").read_text()
+    assert f"fewer_registers<{floor.REGISTERS['producer']}>" in source
+    assert f"more_registers<{floor.REGISTERS['math']}>" in source
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_has_a_ceiling(preset: str) -> None:
+    assert (SHAPES[preset].hidden, SHAPES[preset].intermediate) in CEILING_TFLOPS
+
+
+def test_the_command_prints_a_table() -> None:
+    status, output = invoke("--tokens", "8,8192")
+    assert status == 0
+    first, head, *lines, last = output.splitlines()
+    assert first.startswith("H20, 78 SMs, by model, not measured; tile 128 x 256 x 128, 4 stages, registers 56/224")
+    assert len(lines) == 2 * len(PRESETS)
+    assert {len(line) for line in lines} == {len(head)}
+    assert last.startswith("symmetric memory of a rank of 8, capacity 8192, beside one with room for the whole pool: ")
+    assert all(f"{preset} " in last for preset in PRESETS)
+
+
+def test_the_command_as_json() -> None:
+    status, output = invoke("--chip", "H20", "--preset", "dsv4_flash", "--tokens", "1,8192", "--json", "-")
+    assert status == 0
+    result = json.loads(output)
+    assert (result["chip"]["sms"], result["basis"]) == (78, "by model, not measured")
+    small, large = result["rows"]
+    assert (small["bound"], large["bound"]) == ("read", "multiply")
+    assert small["bytes"] == Load(4096, 2048, 1, 6, 6).bytes
+    assert (small["l1_tasks"], small["l2_tasks"], small["l2_width"]) == (6 * 16, 6 * 32, 128)
+    assert large["l2_width"] == 256
+    assert large["tflops"] == pytest.approx(296 * 1275 / 1979)
+    assert small["hbm_gb_s"] == pytest.approx(small["bytes"] / small["read_us"] / 1e3)
+    for row in result["rows"]:
+        assert row["floor_us"] == max(row["read_us"], row["multiply_us"])
+        assert row["tasks_per_sm"] == pytest.approx((row["l1_tasks"] + row["l2_tasks"]) / 78)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_memory_is_that_of_the_buffer(preset: str) -> None:
+    """At least three times less than with memory for every row that may come."""
+    shape, found = SHAPES[preset], floor.memory(SHAPES[preset])
+    sizes = shape.experts, shape.topk, shape.hidden, shape.intermediate
+    for ring, size in ((None, "bytes"), (1 << 30, "whole_pool_bytes")):
+        assert found[size] == sizes.Problem(8, *sizes, capacity=8192, ring=ring).offsets()[1]
+    assert found["whole_pool_bytes"] >= 3 * found["bytes"]
+    status, output = invoke("--preset", preset, "--json", "-")
+    assert (status, json.loads(output)["memory"]) == (0, [found])
+
+
+def test_the_h200_is_measured() -> None:
+    status, output = invoke("--chip", "H200", "--preset", "glm", "--tokens", "64")
+    assert status == 0
+    assert output.startswith("H200, 132 SMs, rates as measured; ")
+
+
+@pytest.mark.parametrize(
+    "option, value", [("--chip", "B200"), ("--preset", "none"), ("--tokens", "0"), ("--routing", "x")]
+)
+def test_mistakes_are_refused(option: str, value: str) -> None:
+    status, output = invoke(option, value)
+    assert status == 2
+    assert option in output
+    assert value in output

@@ -1,0 +1,135 @@
+"""The host side of `fp8_mega_moe` on a GPU: cost of a call, plans that follow their arguments, threads, CUDA graphs."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import threading
+import time
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megaproof.cases import inputs
+from megaproof.cases.cases import SMOKE
+from megaproof.kernel import api
+from megaproof.kernel.host.sizes import ConfigError
+from megaproof.proof.adapters import Prepared
+from megaproof.proof.adapters.megaproof import MegaproofAdapter
+from megaproof.reference.layer import moe_layer
+
+
+def ready(smoke: int) -> tuple[MegaproofAdapter, dict[str, Any], list[Tensor]]:
+    """(adapter, arguments of the call, expected y by rank) of a smoke case."""
+    case = SMOKE[smoke]
+    made = inputs.make(case, "cuda")
+    expected = moe_layer(case.recipe, *made.arguments(), experts=case.shape.experts).y
+    adapter = MegaproofAdapter()
+    adapter.prepare(Prepared(case, made, torch.device("cuda")))
+    l1s, l2s = map(list, zip(*adapter.weights, strict=True))
+    names = {"y": adapter.outputs, "l1_weights": l1s, "l2_weights": l2s, "sym_buffer": adapter.buffer}
+    return adapter, names | {"recipe": case.recipe}, expected
+
+
+def equal(found: list[Tensor], expected: list[Tensor]) -> bool:
+    pairs = zip(found, expected, strict=True)
+    return all(torch.equal(a.view(torch.int16), b.to(a.device).view(torch.int16)) for a, b in pairs)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("smoke", [0, 3], ids=["one_rank", "eight_ranks"])
+def test_host_cost(smoke: int) -> None:
+    _, arguments, _ = ready(smoke)
+    calls = [arguments, arguments | {"y": [y.clone() for y in arguments["y"]]}]
+    costs = []
+    for what, step in (("the same y", 0), ("another y", 1)):
+        batches = []
+        for _ in range(42):
+            torch.cuda.synchronize()  # or the host waits for room in the queue
+            batch = []
+            for turn in range(50):
+                passed = calls[turn * step % 2]
+                start = time.perf_counter_ns()
+                api.fp8_mega_moe(**passed)
+                batch.append((time.perf_counter_ns() - start) / 1e3)
+            batches.append(batch)
+        kept = batches[2:]
+        costs.append(statistics.median(us for batch in kept for us in batch))
+        quietest = min(map(statistics.median, kept))  # a host has neighbours
+        print(f"host cost of a call with {what}: {costs[-1]:.1f} us; of the quietest 50 calls {quietest:.1f}")
+    arguments["sym_buffer"].check()
+    assert smoke or max(costs) < 15
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("smoke", [0, 3], ids=["one_rank", "eight_ranks"])
+def test_plans_follow_their_arguments(smoke: int) -> None:
+    _, arguments, expected = ready(smoke)
+    buffer, first = arguments["sym_buffer"], arguments["y"]
+
+    def launched(**changes: Any) -> list[Tensor]:
+        y = changes.pop("y", None) or [torch.full_like(y, math.nan) for y in first]
+        api.fp8_mega_moe(**arguments | {"y": y} | changes)
+        buffer.check()
+        return y
+
+    assert equal(launched(y=first), expected)
+    assert equal(launched(), expected)
+    fewer = launched(y=[torch.full_like(y[:-1], math.nan) for y in first])
+    assert equal(fewer, [y[:-1] for y in expected])
+    copies = [(w2.clone(), 2 * w2_sf) for w2, w2_sf in arguments["l2_weights"]]
+    doubled = [2 * y for y in expected]
+    assert equal(launched(l2_weights=copies), doubled)
+    assert equal(launched(), expected)
+    for _, w2_sf in copies:
+        w2_sf.mul_(0.5)
+    assert equal(launched(l2_weights=copies), expected)
+    assert len(buffer.plans) == 2
+
+
+@pytest.mark.gpu
+def test_a_thread_that_never_used_the_device() -> None:
+    _, arguments, expected = ready(0)
+    api.fp8_mega_moe(**arguments)
+    torch.cuda.synchronize()
+    arguments["y"][0].fill_(math.nan)
+    torch.cuda.synchronize()
+    thread = threading.Thread(target=api.fp8_mega_moe, kwargs=arguments)
+    thread.start()
+    thread.join()
+    arguments["sym_buffer"].check()
+    assert equal(arguments["y"], expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("smoke", [0, 3], ids=["one_rank", "eight_ranks"])
+def test_a_graph_replays_what_eager_computes(smoke: int) -> None:
+    adapter, arguments, expected = ready(smoke)
+    buffer, captured = arguments["sym_buffer"], arguments["y"]
+    api.fp8_mega_moe(**arguments)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        api.fp8_mega_moe(**arguments)
+        with pytest.raises(ConfigError, match="check = True reads indices back"):
+            api.fp8_mega_moe(**arguments, check=True)
+    eager = [torch.empty_like(y) for y in captured]
+    generator = torch.Generator(device="cuda").manual_seed(1)
+    for replay in range(100):
+        for y in (*captured, *eager):
+            y.fill_(math.nan)
+        if replay:
+            for rank, tokens in enumerate(SMOKE[smoke].tokens):
+                views = buffer.rank(rank)
+                order = torch.randperm(tokens, device="cuda", generator=generator)
+                views.topk_idx[:tokens] = views.topk_idx[:tokens][order].roll(1, 0)
+                views.x.view(torch.uint8)[:tokens] = views.x.view(torch.uint8)[:tokens][order]
+                views.x_sf[:tokens] = views.x_sf[:tokens][order]
+        api.fp8_mega_moe(**arguments | {"y": eager}, check=True)
+        graph.replay()
+        buffer.check()
+        assert equal(captured, eager)
+        assert replay or equal(captured, expected)
+    adapter.close()

@@ -1,0 +1,141 @@
+"""Bundles: what a failure leaves can be read back, is small, and says so when it is damaged."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from megaproof.cases import inputs
+from megaproof.cases.cases import CASES, Case, find
+from megaproof.proof import bundle
+from megaproof.proof.divergence import Divergence, first_divergence
+from megaproof.proof.divergence.formats import unsigned
+from megaproof.reference.layer import STAGES, moe_layer
+
+CASE = find("smoke-r2-t5-clamp10-fast1-zipf-mask30")
+
+
+def planted(stage: str = "l2_acts", case: Case = CASE) -> Divergence:
+    """The last bit of the middle element of a stage is wrong."""
+    result = moe_layer(case.recipe, *inputs.make(case).arguments(), trace=True, experts=case.shape.experts)
+    assert result.trace is not None
+    wrong = {name: result.trace[name].clone() for name in STAGES}
+    flat = wrong[stage].reshape(-1).view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[wrong[stage].element_size()])
+    flat[len(flat) // 2] ^= 1
+    y, stats = wrong.pop("y").split(list(case.tokens)), wrong.pop("stats")
+    by_rank = stats.split(case.shape.experts_per_rank(case.ranks))
+    divergence = first_divergence(result, wrong, list(y), list(by_rank), case)
+    assert divergence is not None
+    return divergence
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_bundle_reads_back_what_was_written(stage: str, tmp_path: Path) -> None:
+    divergence = planted(stage)
+    path = bundle.write(divergence, CASE, tmp_path)
+    assert path.name == f"{CASE.id}-{stage}.json"
+    assert sum(file.stat().st_size for file in tmp_path.iterdir()) < bundle.LARGEST
+    for name in (path, path.with_suffix(".safetensors")):
+        found = bundle.read(name)
+        assert (found.case, found.stage) == (CASE, stage)
+        assert (found.expected_bits, found.actual_bits) == (divergence.expected_bits, divergence.actual_bits)
+        assert divergence.place is not None
+        assert found.place == json.loads(json.dumps(dataclasses.asdict(divergence.place)))
+        assert set(found.rows) == {"expected", "actual"} | ({"y_expected", "y_actual"} if stage != "stats" else set())
+        for side, row in divergence.rows.items():
+            assert torch.equal(unsigned(row), unsigned(found.rows[side]))
+        assert found.versions["torch"] == torch.__version__
+        assert found.patterns or stage == "stats"
+
+
+def test_every_case_survives_json() -> None:
+    for each in CASES:
+        reseeded = dataclasses.replace(each, seed=7)
+        assert bundle.case_of(json.loads(json.dumps(bundle.case_fields(reseeded)))) == reseeded
+
+
+def test_a_bundle_is_small_or_refused(tmp_path: Path) -> None:
+    """The widest rows there are, 7168 columns on both sides, fit; what is above a megabyte is not written."""
+    wide = {side: torch.zeros(7168, dtype=torch.bfloat16) for side in ("expected", "actual", "y_expected", "y_actual")}
+    path = bundle.write(dataclasses.replace(planted("y"), rows=wide), CASE, tmp_path)
+    assert sum(file.stat().st_size for file in tmp_path.iterdir()) < bundle.LARGEST // 8
+    path.unlink()
+    large = {"expected": torch.zeros(bundle.LARGEST, dtype=torch.uint8)}
+    with pytest.raises(bundle.BundleError, match="at most 1,048,576"):
+        bundle.write(dataclasses.replace(planted("y"), rows=large), CASE, tmp_path)
+    assert not path.exists()
+
+
+def test_a_second_failure_replaces_the_first(tmp_path: Path) -> None:
+    bundle.write(planted(), CASE, tmp_path)
+    again = dataclasses.replace(planted(), patterns=())
+    path = bundle.write(again, CASE, tmp_path)
+    assert bundle.read(path).patterns == []
+    assert sorted(file.suffix for file in tmp_path.iterdir()) == [".json", ".safetensors"]
+
+
+def test_an_interrupted_write_is_no_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever was there before: the old JSON never stands beside new tensors."""
+    path = bundle.write(planted(), CASE, tmp_path)
+
+    def full(target: Path, data: bytes) -> None:
+        if target.suffix == ".json":
+            raise OSError("no space left on device")
+        target.write_bytes(data)
+
+    monkeypatch.setattr(bundle, "replace", full)
+    with pytest.raises(OSError, match="no space"):
+        bundle.write(planted(), CASE, tmp_path)
+    with pytest.raises(bundle.BundleError, match="missing, so it was not written to its end"):
+        bundle.read(path)
+
+
+def edit(change: Callable[[dict], object]) -> Callable[[Path], None]:
+    def apply(path: Path) -> None:
+        entry = json.loads(path.read_text())
+        change(entry)
+        path.write_text(json.dumps(entry))
+
+    return apply
+
+
+def damage_tensors(path: Path) -> None:
+    file = path.with_suffix(".safetensors")
+    file.write_bytes(file.read_bytes()[:-1] + b"\xff")
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (damage_tensors, "sha256 is not the one"),
+        (lambda path: path.with_suffix(".safetensors").unlink(), "safetensors is missing"),
+        (lambda path: path.write_text("{"), "damaged"),
+        (lambda path: path.write_text("[]"), "damaged"),
+        (edit(lambda e: e.pop("place")), "damaged"),
+        (edit(lambda e: e.update(bundle=2)), "format 2"),
+        (edit(lambda e: e.update(stage="l3_acts")), "l3_acts"),
+        (edit(lambda e: e.update(expected_bits="0x7f")), "does not hold 0x7f"),
+        (edit(lambda e: e["place"].update(column=100_000)), "damaged"),
+        (edit(lambda e: e["case"]["recipe"].update(silu="slow")), "does not know"),
+        (edit(lambda e: e["case"].update(colour="red")), "damaged"),
+    ],
+)
+def test_damage_is_named(damage: Callable[[Path], None], says: str, tmp_path: Path) -> None:
+    path = bundle.write(planted(), CASE, tmp_path)
+    damage(path)
+    with pytest.raises(bundle.BundleError, match=says):
+        bundle.read(path)
+
+
+def test_what_has_no_element_is_refused(tmp_path: Path) -> None:
+    shapeless = dataclasses.replace(planted(), place=None, problem="rank 0: expected ..., got ...")
+    with pytest.raises(bundle.BundleError, match="no element to keep"):
+        bundle.write(shapeless, CASE, tmp_path)
+    with pytest.raises(bundle.BundleError, match="not of smoke-r1"):
+        bundle.write(planted(), find("smoke-r1-t5-clamp10-fast1-zipf-mask30"), tmp_path)
+    assert not any(tmp_path.iterdir())

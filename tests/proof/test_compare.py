@@ -1,0 +1,156 @@
+"""First divergence: which stage, which element, and what is said of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from megaproof.cases.compare import Differs, same
+from megaproof.proof.divergence import Divergence, compare_stages, first_divergence
+from megaproof.proof.divergence.formats import STORED, unsigned
+from megaproof.proof.faults.traces import CASE, PLANTS, Plant, bits_to, expected, found, layer, plant, rows_of
+from megaproof.reference.layer import STAGES
+
+
+def compare(**planted: Tensor) -> Divergence | None:
+    """The divergence when some stages are replaced; y and stats are given as in the trace, all ranks in one tensor."""
+    _, result = layer()
+    stages = {name: planted.get(name, expected(name)) for name in STAGES[:-2]}
+    y = list(planted.get("y", expected("y")).split(list(CASE.tokens)))
+    stats = list(planted.get("stats", expected("stats")).split(CASE.shape.experts_per_rank(CASE.ranks)))
+    return first_divergence(result, stages, y, stats, CASE, topk_idx=layer()[0].topk_idx)
+
+
+def test_equal_stages_do_not_diverge() -> None:
+    assert compare() is None
+
+
+def test_a_stage_that_is_not_shown_is_counted_as_missing() -> None:
+    _, result = layer()
+    comparison = compare_stages(result, {"slots": expected("slots")}, result.y, result.stats, CASE)
+    assert comparison.divergence is None
+    assert comparison.missing == ("l1_acts", "l1_acts_sf", "l2_acts", "l2_acts_sf")
+    assert comparison.compared == {name: expected(name).numel() for name in ("slots", "y", "stats")}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_it_stops_at_the_first_stage_that_differs(stage: str) -> None:
+    """Everything from a stage on is wrong: that stage is the one reported, and those before count as equal."""
+    later = STAGES[STAGES.index(stage) :]
+    wrong = {name: torch.zeros_like(expected(name)) for name in later}
+    divergence = compare(**wrong)
+    assert divergence is not None
+    assert divergence.stage == stage
+    assert list(divergence.compared) == list(STAGES[: STAGES.index(stage)])
+
+
+def test_the_first_element_is_first_by_source_rank_token_and_slot() -> None:
+    """Not by expert, not by column: row 200's column 3 comes before row 300's column 0."""
+    planted = expected("slots").clone()
+    planted[300, 0] += 1
+    planted[200, 3] += 1
+    place, rows = found("slots", planted).place, rows_of("slots")
+    assert place is not None
+    assert (place.row, place.column) == (200, 3)
+    assert (place.rank, place.token, place.slot) == tuple(int(t[200]) for t in (rows.rank, rows.token, rows.slot))
+
+
+def test_the_place_is_the_one_of_the_element() -> None:
+    """Every coordinate, counted again by hand from the routing."""
+    topk_idx = layer()[0].topk_idx
+    active = [(r, t, k, int(idx[t, k])) for r, idx in enumerate(topk_idx) for t in range(len(idx)) for k in range(4)]
+    rank, token, slot, expert = active[610]
+    before = [row for row in active[:610] if row[3] == expert]
+    planted = expected("l2_acts").clone()
+    planted[610, 200] ^= 4
+    place = found("l2_acts", planted).place
+    assert place is not None
+    assert (place.rank, place.token, place.slot, place.expert) == (rank, token, slot, expert)
+    assert (place.destination, place.expert_row) == (expert // 8, len(before))
+    assert (place.tile, place.k_block, place.group) == ((len(before) // 128, 1), 1, 3)
+    planted = expected("l2_acts_sf").clone()
+    planted[610, 3] *= 2
+    place = found("l2_acts_sf", planted).place
+    assert place is not None
+    assert (place.tile, place.k_block, place.group) == ((len(before) // 128, 1), 1, 3)
+
+
+def test_counts_and_ulps() -> None:
+    planted = bits_to("slots", unsigned(expected("slots")))
+    view = planted.view(torch.int16)
+    view[40, 7] ^= 1
+    view[41, 7] += 5
+    divergence = found("slots", planted)
+    assert divergence.extent["elements"] == (2, 640 * 512)
+    assert divergence.extent["rows"] == (2, 640)
+    assert divergence.extent["columns"] == (1, 512)
+    assert divergence.extent["source ranks"] == (1, 2)
+    assert (divergence.ulp, divergence.ulp_max) == (1, 5)
+    assert divergence.ulp_histogram == {"1": 1, "5-8": 1}
+    assert divergence.allclose is torch.allclose(planted.float(), expected("slots").float(), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("format", "a", "b", "steps"),
+    [
+        ("y", 0x3F80, 0x3F81, 1),
+        ("y", 0x8001, 0x0001, 2),
+        ("y", 0x0000, 0x8000, 0),
+        ("y", 0x7F7F, 0x7F80, 1),
+        ("y", 0x7F81, 0x3F80, -1),
+        ("l2_acts", 0x07, 0x08, 1),
+        ("l2_acts", 0xFE, 0x7E, 252),
+        ("l2_acts", 0xFF, 0x7E, -1),
+        ("l2_acts_sf", 0x3F800000, 0x3F7FFFFF, 1),
+        ("stats", 0xFFFFFFFF, 3, 4),
+    ],
+)
+def test_distance_in_ulps(format: str, a: int, b: int, steps: int) -> None:
+    assert int(STORED[format].ulps(torch.tensor([a]), torch.tensor([b]))) == steps
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda y: [part.float() for part in y], "rank 0: expected torch.bfloat16 [100, 512], got torch.float32"),
+        (lambda y: [y[0], y[1][:3]], "rank 1: expected torch.bfloat16 [60, 512], got torch.bfloat16 [3, 512]"),
+        (lambda y: y[:1], "y must be a list of 2 tensors, one a rank; it has 1"),
+    ],
+)
+def test_a_wrong_shape_is_a_divergence_too(change: Callable[[list[Tensor]], list[Tensor]], says: str) -> None:
+    _, result = layer()
+    divergence = first_divergence(result, {}, change(result.y), result.stats, CASE)
+    assert divergence is not None
+    assert divergence.problem.startswith(says)
+    assert says in " ".join(divergence.report().split())
+
+
+def test_a_stage_of_another_name_is_refused() -> None:
+    _, result = layer()
+    with pytest.raises(ValueError, match="l3_acts"):
+        compare_stages(result, {"l3_acts": expected("slots")}, result.y, result.stats, CASE)
+    with pytest.raises(ValueError, match="no trace"):
+        compare_stages(dataclasses.replace(result, trace=None), {}, result.y, result.stats, CASE)
+
+
+def test_a_large_stage_is_looked_at_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counts stay whole; patterns come from wrong rows first, and the report says from how many."""
+    from megaproof.proof.divergence import find
+
+    planted = plant(PLANTS["rows swapped"])
+    monkeypatch.setattr(find, "MOST_ELEMENTS", 512 * 400)
+    divergence = found("slots", planted)
+    assert divergence.looked_at == 400
+    assert divergence.extent["rows"] == (2, 640)
+    assert "rows swapped" in {pattern.name for pattern in divergence.patterns}
+    assert "400 rows" in divergence.report()
+
+
+def test_two_tensors_alone() -> None:
+    assert same("y", expected("y"), expected("y")) == expected("y").numel()
+    with pytest.raises(Differs, match="stage y: 1 of"):
+        same("y", expected("y"), plant(Plant("y", lambda b, r: b[3, 4].bitwise_xor_(1), set())))

@@ -1,0 +1,74 @@
+"""A legal call of `fp8_mega_moe` on CPU tensors, and a library that only records what would be launched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megaproof.kernel import api
+from megaproof.kernel.host.sizes import Problem
+from megaproof.toolchain.launch import Device, TensorMap
+
+HIDDEN, INTER, EXPERTS, TOPK, CAPACITY, SMS = 256, 128, 4, 2, 8, 130
+FP8, F32, BF16 = torch.float8_e4m3fn, torch.float32, torch.bfloat16
+
+
+def weights(ranks: int = 1, device: str = "cpu") -> tuple[Any, Any]:
+    """(l1, l2) of one rank."""
+    e = EXPERTS // ranks
+    l1 = torch.zeros(e, 2 * INTER, HIDDEN, device=device).to(FP8), torch.ones(e, 2, 2, device=device)
+    return l1, (torch.zeros(e, HIDDEN, INTER, device=device).to(FP8), torch.ones(e, 2, 1, device=device))
+
+
+def call(ranks: int | None = None, device: str = "cpu") -> dict[str, Any]:
+    """The arguments of a legal call: of one rank, or of a virtual group."""
+    group = None if ranks is None else api.VirtualGroup(ranks)
+    count = ranks or 1
+    problem = Problem(count, EXPERTS, TOPK, HIDDEN, INTER, CAPACITY)
+    buffer = api.SymmBuffer(group, problem, torch.device(device))
+    ys = [torch.zeros(3 + rank, HIDDEN, dtype=BF16, device=device) for rank in range(count)]
+    l1s, l2s = map(list, zip(*[weights(count, device) for _ in range(count)], strict=True))
+    stats = [torch.zeros(EXPERTS // count, dtype=torch.int32, device=device) for _ in range(count)]
+    names = ("y", "l1_weights", "l2_weights", "cumulative_local_expert_recv_stats")
+    values = (ys, l1s, l2s, stats)
+    lists = dict(zip(names, values if group else [value[0] for value in values], strict=True))
+    return lists | {"sym_buffer": buffer}
+
+
+class FakeLibrary:
+    """Keeps a copy of the Params of every launch."""
+
+    def __init__(self) -> None:
+        self.launches: list[tuple[str, Any, tuple]] = []
+        self.granularities: list[int] = []
+        self.encoded = 0
+
+    def of(self, granularity: int) -> FakeLibrary:
+        """What stands in for `api._library`."""
+        self.granularities.append(granularity)
+        return self
+
+    def kernel(self, name: str) -> Callable[..., None]:
+        def launch(params: Any, *sizes: int, cooperative: bool, device: int) -> None:
+            assert (cooperative, device) == (True, 0)
+            self.launches.append((name, api.Params.from_buffer_copy(params), sizes))
+
+        return launch
+
+    def map(self, matrix: Tensor, box_rows: int) -> TensorMap:
+        self.encoded += 1
+        return TensorMap((matrix.data_ptr(), *matrix.shape, box_rows))
+
+
+def installed(monkeypatch: pytest.MonkeyPatch) -> FakeLibrary:
+    """A library in the place of `api`'s, on a device that is made up."""
+    fake = FakeLibrary()
+    monkeypatch.setattr(api, "_library", fake.of)
+    monkeypatch.setattr(api, "tensor_map", fake.map)
+    monkeypatch.setattr(api, "require_device", lambda index=None: Device(0, "NVIDIA H200", "H200", SMS, "580"))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    return fake
