@@ -77,13 +77,15 @@ class Options:
 
     def command(self) -> str:
         """The command line that measures the same."""
-        parts = ["python", "-m", "kernel", "bench"]
+        parts = ["python", "-m", "bench", "sweep"]
         for name, shape in self.shapes.items():
             if name in SHAPES:
                 parts += ["--preset", name]
             else:
-                sizes = shape.hidden, shape.intermediate, shape.experts_per_rank(RANKS), shape.topk
-                parts += [text for pair in zip(SIZES, sizes, strict=True) for text in (f"--{pair[0]}", str(pair[1]))]
+                dimensions = shape.hidden, shape.intermediate, shape.experts_per_rank(RANKS), shape.topk
+                parts += [
+                    text for pair in zip(SIZES, dimensions, strict=True) for text in (f"--{pair[0]}", str(pair[1]))
+                ]
         parts += ["--tokens", ",".join(map(str, self.tokens))] if self.tokens else []
         parts += [text for routing in self.routings for text in ("--routing", routing)]
         parts += ["--l2-flush"] if "flush" in self.regimes else []
@@ -201,9 +203,9 @@ def known(option: str, names: Sequence[str], allowed: Iterable[str]) -> tuple[st
     return tuple(dict.fromkeys(names))
 
 
-def shapes(presets: Sequence[str] | None, sizes: dict[str, int | None]) -> dict[str, Shape]:
+def shapes(presets: Sequence[str] | None, own: dict[str, int | None]) -> dict[str, Shape]:
     """Name -> shape: presets (all four when nothing is named), or the one that all of SIZES make. Raises UsageError."""
-    given = {name: value for name, value in sizes.items() if value is not None}
+    given = {name: value for name, value in own.items() if value is not None}
     if not given:
         return {name: SHAPES[name] for name in known("--preset", presets or list(PEERS["shapes"]), PEERS["shapes"])}
     if presets:

@@ -82,17 +82,17 @@ def row(chip: Chip, shape: Shape, tokens: int, routing: str, seed: int) -> dict[
     floor = max(read, multiply)
     times = {"read_us": read, "multiply_us": multiply, "floor_us": floor}
     times |= {"tflops": load.flops / floor / 1e6, "hbm_gb_s": load.bytes / floor / 1e3}
-    sizes = {"bytes": load.bytes, "flops": load.flops}
+    totals = {"bytes": load.bytes, "flops": load.flops}
     waves = {"l1_tasks": found.l1, "l2_tasks": found.l2, "tasks_per_sm": found.per_sm, "last_wave": found.last_wave}
     waves["l2_width"] = found.l2_width
     bound = "read" if read >= multiply else "multiply"
-    return {"preset": shape.name, "T": tokens, "routing": routing, **sizes, **times, "bound": bound, **waves}
+    return {"preset": shape.name, "T": tokens, "routing": routing, **totals, **times, "bound": bound, **waves}
 
 
 def memory(shape: Shape) -> dict[str, Any]:
     """Bytes of a rank's symmetric buffer among eight, and what it would be if activations of the whole pool stayed."""
-    sizes = shape.experts, shape.topk, shape.hidden, shape.intermediate
-    problem = sizes.Problem(RANKS, *sizes, points.CAPACITY)
+    dimensions = shape.experts, shape.topk, shape.hidden, shape.intermediate
+    problem = sizes.Problem(RANKS, *dimensions, points.CAPACITY)
     found = {"preset": shape.name, "capacity": points.CAPACITY, "ring_blocks": problem.ring_blocks}
     whole = replace(problem, ring=problem.pool_blocks)
     return found | {"bytes": problem.offsets()[1], "whole_pool_bytes": whole.offsets()[1]}

@@ -109,9 +109,9 @@ def test_the_command_as_json() -> None:
 def test_memory_is_that_of_the_buffer(preset: str) -> None:
     """At least three times less than with memory for every row that may come."""
     shape, found = SHAPES[preset], floor.memory(SHAPES[preset])
-    sizes = shape.experts, shape.topk, shape.hidden, shape.intermediate
+    dimensions = shape.experts, shape.topk, shape.hidden, shape.intermediate
     for ring, size in ((None, "bytes"), (1 << 30, "whole_pool_bytes")):
-        assert found[size] == sizes.Problem(8, *sizes, capacity=8192, ring=ring).offsets()[1]
+        assert found[size] == sizes.Problem(8, *dimensions, capacity=8192, ring=ring).offsets()[1]
     assert found["whole_pool_bytes"] >= 3 * found["bytes"]
     status, output = invoke("--preset", preset, "--json", "-")
     assert (status, json.loads(output)["memory"]) == (0, [found])

@@ -129,7 +129,7 @@ def test_a_result_names_the_command_that_makes_it(
     monkeypatch.setattr(command, "measure", measure)
     invoke(*given_options)
     line = shlex.split(seen[0].command())
-    assert line[:4] == ["python", "-m", "kernel", "bench"]
+    assert line[:4] == ["python", "-m", "bench", "sweep"]
     assert set(given_options) <= set(line)
     invoke(*line[4:])
     assert seen[0] == seen[1]

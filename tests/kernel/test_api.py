@@ -182,9 +182,9 @@ def test_meta_tensors_are_judged_too() -> None:
 )
 def test_recipes_that_are_taken(library: FakeLibrary, options: dict, entry: str, clamp: float | None) -> None:
     api.fp8_mega_moe(**call(), **options)
-    ((name, params, sizes),) = library.launches
+    ((name, params, launched),) = library.launches
     assert (name, params.swiglu.clamped, params.swiglu.clamp) == (entry, clamp is not None, clamp or 0.0)
-    assert sizes == (SMS, sizes.THREADS, sizes.shared_bytes())
+    assert launched == (SMS, sizes.THREADS, sizes.shared_bytes())
     recipe = options.get("recipe")
     assert library.granularities == [recipe.activation_granularity if isinstance(recipe, Recipe) else 64]
 

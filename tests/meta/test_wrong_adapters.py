@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from megaproof.cases import inputs
+from megaproof.proof import __main__ as cli
 from megaproof.proof.adapters import Prepared
 from megaproof.proof.adapters.reference import ReferenceAdapter
 from megaproof.proof.faults import adapters
 from megaproof.proof.prove import Proof, prove
 from megaproof.reference.layer import STAGES
+from megaproof.tests.support import command_line
 
 
 @pytest.mark.parametrize("name", adapters.WRONG)
@@ -51,12 +53,14 @@ def test_what_tolerances_miss() -> None:
     assert not {"zeros", "stale y", "NaN everywhere", "rank 0's answer everywhere"} & passed
 
 
-def test_the_table_is_printed_both_ways(capsys: pytest.CaptureFixture[str]) -> None:
-    assert adapters.main([]) == 0
-    table = capsys.readouterr().out.splitlines()
+def test_the_table_is_printed_both_ways() -> None:
+    status, output = command_line.invoke(cli.app, "wrong")
+    assert status == 0
+    table = output.splitlines()
     assert table[0].startswith("| wrong kernel | convicted by | calc_diff |")
     assert len(table) == 2 + len(adapters.WRONG)
-    assert adapters.main(["--json"]) == 0
-    rows = json.loads(capsys.readouterr().out)
+    status, output = command_line.invoke(cli.app, "wrong", "--json")
+    assert status == 0
+    rows = json.loads(output)
     assert [row["kernel"] for row in rows] == list(adapters.WRONG)
-    assert adapters.main(["--yaml"]) == 2
+    assert command_line.invoke(cli.app, "wrong", "--yaml")[0] == 2
