@@ -16,14 +16,18 @@ from megaproof.tests.support.runs import ROOT
 PROMISED = {
     ".": "README.md LICENSE NOTICE CHANGELOG.md CONTRIBUTING.md pyproject.toml constraints.txt requirements.txt "
     "Makefile proof/plugin.py .ci/run .ci/python .github/workflows/gate.yml",
+    "megaproof": "__init__.py",
+    "toolchain": "build.py launch.py",
     "quant": "recipe.py formats.py scale.py cast.py atoms.py philox.py tables.py twin.py",
     "reference": "equations.md layer.py dispatch.py gemm.py swiglu.py scatter.py combine.py stats.py "
     "oracle/__init__.py",
-    "kernel": "build.py launch.py ptx.cuh",
+    "kernel": "api.py moe_sm90.cu ptx.cuh",
     "golden": "__main__.py capture.py manifest.json silicon/manifest.json",
-    "tests": "cases.py inputs.py",
+    "cases": "cases.py inputs/__init__.py",
+    "proof": "gate.py plugin.py",
+    "bench": "__main__.py",
 }
-PACKAGES = ("quant", "reference", "kernel", "golden", "tests")
+PACKAGES = ("megaproof", "toolchain", "quant", "reference", "kernel", "cases", "golden", "proof", "bench", "tests")
 NO_ROOM = {"ptx", "params", "storage"}
 """Headers of the kernel that are not a room: every line of PTX, the Params POD, shared memory."""
 TAG = re.compile(r"Eq\. \((\d+[a-z]?)\)")
