@@ -10,6 +10,7 @@ from megaproof.bench import __main__ as cli
 from megaproof.bench.measure.points import PEERS
 from megaproof.bench.model import floor, roofline
 from megaproof.bench.model.roofline import CEILING_TFLOPS, CHIPS, READ_GB_S, Load
+from megaproof.kernel.host import sizes
 from megaproof.quant.shapes import SHAPES
 from megaproof.reference import scheduler
 from megaproof.tests.support import command_line
