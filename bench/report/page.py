@@ -1,4 +1,4 @@
-"""`python -m bench report`: the README's results, written from bench/results/h200/*.json and never by hand."""
+"""`python -m bench report`: docs/results.md, written from bench/results/h200/*.json and never by hand."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ from megaproof.bench.report.sections import PICTURE, render
 from megaproof.toolchain import files
 from megaproof.toolchain.build import EnvironmentMissing
 
-README, RESULTS = HOME / "README.md", HOME / "bench" / "results" / "h200"
+PAGE, RESULTS = HOME / "docs" / "results.md", HOME / "bench" / "results" / "h200"
 START, END = "<!-- results -->", "<!-- /results -->"
 
 
-def section(readme: str) -> tuple[str, str, str]:
+def section(page: str) -> tuple[str, str, str]:
     """(up to the first marker, between the markers, from the second one on). Raises ReportError."""
     for marker in (START, END):
-        if readme.count(marker) != 1:
-            raise ReportError(f"README.md must have the marker {marker} once and has it {readme.count(marker)} times")
-    before, _, rest = readme.partition(START)
+        if page.count(marker) != 1:
+            times = page.count(marker)
+            raise ReportError(f"docs/results.md must have the marker {marker} once and has it {times} times")
+    before, _, rest = page.partition(START)
     between, found, after = rest.partition(END)
     if not found:
-        raise ReportError(f"README.md must have the marker {END} after {START}")
+        raise ReportError(f"docs/results.md must have the marker {END} after {START}")
     return f"{before}{START}\n", between.strip("\n"), f"\n{END}{after}"
 
 
@@ -54,22 +55,22 @@ def draw(results: Results, picture: Path) -> None:
 
 def report_command(
     check: Annotated[
-        bool, typer.Option("--check", help="Writes nothing; status 1 if README or picture is stale.")
+        bool, typer.Option("--check", help="Writes nothing; status 1 if the page or its picture is stale.")
     ] = False,
 ) -> None:
-    """Writes the README's results, and their picture if it is stale, from bench/results/h200/*.json; needs no GPU.
+    """Writes docs/results.md, and its picture if it is stale, from bench/results/h200/*.json; needs no GPU.
 
     Exit status: 0 done, 1 stale (--check), a file or marker missing or damaged, 2 usage, 3 environment: no matplotlib
     for a picture that has to be drawn, and nothing is written.
     """
     picture = RESULTS / PICTURE
     try:
-        if not README.is_file():
-            raise ReportError("README.md is missing")
+        if not PAGE.is_file():
+            raise ReportError("docs/results.md is missing")
         results = read(RESULTS)
-        before, between, after = section(README.read_text())
+        before, between, after = section(PAGE.read_text())
         text = render(results)
-        stale = [] if between == text else ["README.md"]
+        stale = [] if between == text else ["docs/results.md"]
         stale += [] if drawn(results, picture) else [f"bench/results/h200/{PICTURE}"]
         if check and stale:
             raise ReportError(
@@ -78,11 +79,13 @@ def report_command(
         if not drawn(results, picture):
             draw(results, picture)
         if between != text:
-            files.replace(README, (before + text + after).encode())
+            files.replace(PAGE, (before + text + after).encode())
     except ReportError as error:
         print(error, file=sys.stderr)
         raise typer.Exit(1) from error
     except EnvironmentMissing as error:
         print(f"environment: {error}", file=sys.stderr)
         raise typer.Exit(3) from error
-    print(f"written: {', '.join(stale)}" if stale else "README.md and its picture are of bench/results/h200/*.json")
+    print(
+        f"written: {', '.join(stale)}" if stale else "docs/results.md and its picture are of bench/results/h200/*.json"
+    )

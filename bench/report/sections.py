@@ -1,4 +1,4 @@
-"""The README's results as Markdown: a table a preset, the main loop, the phases, the targets."""
+"""The results of docs/results.md as Markdown: a table a preset, the main loop, the phases, the targets."""
 
 from __future__ import annotations
 
@@ -101,7 +101,9 @@ def render(results: Results) -> str:
         table = _preset(rows, preset)
         folded = f"<details>\n<summary>{preset}</summary>\n\n{table}\n\n</details>"
         parts.append(table if preset in OPEN else folded)
-    parts.append(f"![Time and share of the floor against T, beside the public kernels](bench/results/h200/{PICTURE})")
+    parts.append(
+        f"![Time and share of the floor against T, beside the public kernels](../bench/results/h200/{PICTURE})"
+    )
     parts += [_paragraph(said)] if (said := _granularity(rows)) else []
     parts += [_paragraph(said)] if (said := _baseline(results, rows["baseline"])) else []
     parts += [_paragraph(DENSE), _dense(rows["dense"])] if rows["dense"] else []

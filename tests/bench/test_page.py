@@ -1,4 +1,4 @@
-"""The README's results: what is rendered from a result, and the command. No GPU."""
+"""docs/results.md: what is rendered from a result, and the command. No GPU."""
 
 from __future__ import annotations
 
@@ -250,11 +250,11 @@ class TestPhases:
 class TestCommand:
     @pytest.fixture(autouse=True)
     def places(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(page, "README", tmp_path / "README.md")
+        monkeypatch.setattr(page, "PAGE", tmp_path / "results.md")
         monkeypatch.setattr(page, "RESULTS", tmp_path)
         monkeypatch.setattr(page.plot, "check", lambda path: None)
         monkeypatch.setattr(page.plot, "plot", lambda result, path: path.write_text("<svg>\n</svg>\n"))
-        page.README.write_text(EMPTY)
+        page.PAGE.write_text(EMPTY)
         (tmp_path / "sweep.json").write_text(json.dumps(sweep({})))
 
     def invoke(self, *arguments: str) -> tuple[int, str]:
@@ -264,14 +264,15 @@ class TestCommand:
         status, text = self.invoke("--check")
         assert status == 1
         assert (
-            "not of bench/results/h200/*.json: README.md, bench/results/h200/sweep.svg; python -m bench report" in text
+            "not of bench/results/h200/*.json: docs/results.md, bench/results/h200/sweep.svg; python -m bench report"
+            in text
         )
-        assert page.README.read_text() == EMPTY
-        assert self.invoke() == (0, "written: README.md, bench/results/h200/sweep.svg\n")
+        assert page.PAGE.read_text() == EMPTY
+        assert self.invoke() == (0, "written: docs/results.md, bench/results/h200/sweep.svg\n")
         rendered = page.render(results.read(tmp_path))
-        assert page.README.read_text() == EMPTY.replace(page.START, f"{page.START}\n{rendered}")
+        assert page.PAGE.read_text() == EMPTY.replace(page.START, f"{page.START}\n{rendered}")
         assert self.invoke("--check")[0] == 0
-        assert self.invoke() == (0, "README.md and its picture are of bench/results/h200/*.json\n")
+        assert self.invoke() == (0, "docs/results.md and its picture are of bench/results/h200/*.json\n")
 
     def test_other_results_are_told(self, tmp_path: Path) -> None:
         self.invoke()
@@ -280,15 +281,15 @@ class TestCommand:
         assert status == 1
         assert "json: bench/results/h200/sweep.svg;" in text
         assert self.invoke()[0] == self.invoke("--check")[0] == 0
-        page.README.write_text(page.README.read_text().replace("| 74.7 |", "| 70.7 |"))
+        page.PAGE.write_text(page.PAGE.read_text().replace("| 74.7 |", "| 70.7 |"))
         status, text = self.invoke("--check")
         assert status == 1
-        assert "json: README.md;" in text
+        assert "json: docs/results.md;" in text
 
     def test_nothing_measured_needs_no_picture(self, tmp_path: Path) -> None:
         (tmp_path / "sweep.json").unlink()
-        assert self.invoke() == (0, "written: README.md\n")
-        assert "No time of the kernel is quoted here" in page.README.read_text()
+        assert self.invoke() == (0, "written: docs/results.md\n")
+        assert "No time of the kernel is quoted here" in page.PAGE.read_text()
         assert self.invoke("--check")[0] == 0
 
     def test_without_matplotlib_nothing_is_written(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -297,28 +298,28 @@ class TestCommand:
 
         monkeypatch.setattr(page.plot, "check", missing)
         assert self.invoke() == (3, "environment: --plot needs matplotlib\n")
-        assert page.README.read_text() == EMPTY
+        assert page.PAGE.read_text() == EMPTY
 
     @pytest.mark.parametrize(
-        ("readme", "message"),
+        ("document", "message"),
         [
-            ("# title\n", f"README.md must have the marker {page.START} once and has it 0 times"),
+            ("# title\n", f"docs/results.md must have the marker {page.START} once and has it 0 times"),
             (f"{page.START}\n", f"the marker {page.END} once and has it 0 times"),
             (EMPTY + page.START, f"the marker {page.START} once and has it 2 times"),
             (f"{page.END}\n{page.START}\n", f"the marker {page.END} after {page.START}"),
         ],
     )
     @pytest.mark.parametrize("arguments", [(), ("--check",)])
-    def test_a_marker_is_missing(self, readme: str, message: str, arguments: tuple[str, ...]) -> None:
-        page.README.write_text(readme)
+    def test_a_marker_is_missing(self, document: str, message: str, arguments: tuple[str, ...]) -> None:
+        page.PAGE.write_text(document)
         status, text = self.invoke(*arguments)
         assert status == 1
         assert message in text
-        assert page.README.read_text() == readme
+        assert page.PAGE.read_text() == document
 
-    def test_no_readme(self) -> None:
-        page.README.unlink()
-        assert self.invoke() == (1, "README.md is missing\n")
+    def test_no_page(self) -> None:
+        page.PAGE.unlink()
+        assert self.invoke() == (1, "docs/results.md is missing\n")
 
     @pytest.mark.parametrize(
         ("name", "text", "message"),

@@ -1,4 +1,4 @@
-"""Figures of the README that the repository can check by itself: counts of cases, goldens, captures and vectors."""
+"""Figures of README and docs that the repository can check by itself: cases, goldens, captures, vectors, builds."""
 
 from __future__ import annotations
 
@@ -18,16 +18,19 @@ from megaproof.tests.support.runs import ROOT, python
 from megaproof.toolchain import sass
 from megaproof.toolchain.build import EnvironmentMissing
 
-README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SHOWN = [line for page in PAGES for line in page.read_text().splitlines()]
+TEXT = " ".join(" ".join(SHOWN).split())
+"""README and pages as one line: where a sentence breaks does not matter."""
 FLASH = [case for case in CASES if case.shape.name == "dsv4_flash" and case.ranks == 8]
 
 
 def test_counts_of_cases() -> None:
     on_cpu = sum(case.tier == "cpu" for case in FLASH)
-    assert f"all {len(FLASH)} dsv4_flash cases at 8 ranks" in README
+    assert f"all {len(FLASH)} dsv4_flash cases at 8 ranks" in TEXT
     listed = python(ROOT, "-m", "pytest", "--collect-only", "-q", "-k", "dsv4_flash", "--ranks", "8").stdout
     (line,) = re.findall(r"^megaproof: \d+ cases, .*$", listed, re.MULTILINE)
-    assert f"\n{line}\n" in README, "what the header of the gate says"
+    assert line in SHOWN, "what the header of the gate says"
     assert f" {on_cpu} of tier cpu" in line
     changes = (ROOT / "CHANGELOG.md").read_text()
     assert f"{len(store.read_manifest())} cases of the layer" in changes
@@ -39,12 +42,12 @@ def test_counts_of_cases() -> None:
 def test_counts_of_the_captures(chip: str) -> None:
     entry = silicon.entry(chip)
     wgmma, fma = ([run["outputs"] for run in entry[kind].values()] for kind in ("wgmma", "fma"))
-    assert f"wgmma e4m3, {len(wgmma)} families | {wgmma[0]:,} a family, {sum(wgmma):,} in all | 0 |" in README
-    assert f"fma, {len(fma)} families | {fma[0]:,} a family, {sum(fma):,} in all | 0 |" in README
+    assert f"wgmma e4m3, {len(wgmma)} families | {wgmma[0]:,} a family, {sum(wgmma):,} in all | 0 |" in TEXT
+    assert f"fma, {len(fma)} families | {fma[0]:,} a family, {sum(fma):,} in all | 0 |" in TEXT
     assert {run["outputs"] for run in entry["sweeps"].values()} == {1 << 32}
-    assert README.count(f"{1 << 32:,} (all inputs") == len(entry["sweeps"])
+    assert TEXT.count(f"{1 << 32:,} (all inputs") == len(entry["sweeps"])
     committed = sum(vector.bits.numel() for vector in silicon.vectors(chip))
-    assert f"{committed:,} of its outputs are committed" in README
+    assert f"{committed:,} of its outputs are committed" in TEXT
 
 
 @pytest.mark.parametrize("target, granularity", [("moe", 64), ("moe_g128", 128)])
@@ -60,17 +63,17 @@ def test_configurations(target: str, granularity: int) -> None:
         spills = row["spill_stores"] + row["spill_loads"]
         cells = f"{granularity} | {row['registers']} ({roles}) | {spills}, {row['stack']} | "
         cells += f"{row['shared_dynamic']:,} + {row['shared']:,} | {row['qgmma']}"
-        assert f"| `moe_fast`, `moe_precise` | {cells} |" in README
+        assert f"| `moe_fast`, `moe_precise` | {cells} |" in TEXT
 
 
 def test_symmetric_memory() -> None:
     rows = [floor.memory(shape) for name, shape in SHAPES.items() if name in PEERS["shapes"]]
     for row in rows:
-        assert re.search(rf"{row['preset']}\s+{row['bytes'] / 2**20:,.0f} MiB", README), row
+        assert re.search(rf"{row['preset']}\s+{row['bytes'] / 2**20:,.0f} MiB", TEXT), row
     times = min(row["whole_pool_bytes"] / row["bytes"] for row in rows)
-    assert f"at least {math.floor(10 * times) / 10} times less" in README
+    assert f"at least {math.floor(10 * times) / 10} times less" in TEXT
 
 
 def test_presets_and_recipes_are_all_named() -> None:
     for names in (SHAPES, RECIPES):
-        assert re.search(r":\s+" + r",\s+".join(names) + r"\.", README)
+        assert re.search(r":\s+" + r",\s+".join(names) + r"\.", TEXT)

@@ -1,4 +1,4 @@
-"""Measured results belong to the code they were measured on, and to the README that quotes them."""
+"""Measured results belong to the code they were measured on, and to the pages that quote them."""
 
 from __future__ import annotations
 
@@ -82,19 +82,19 @@ def test_a_result_names_the_code_that_it_measured(name: str) -> None:
     assert {target: set(own) for target, own in found["code"].items()} == wanted
 
 
-def test_runs_that_the_readme_reports_are_of_this_code() -> None:
+def test_runs_that_are_reported_are_of_this_code() -> None:
     """Beside times it reports what passed on a GPU, with the digests' first digits: run again, or take it out."""
-    readme = " ".join((ROOT / "README.md").read_text().split())
+    proven = " ".join((ROOT / "docs" / "proven.md").read_text().split())
     code = [pinned_code()[target][entry][:12] for target in ("moe", "moe_g128") for entry in api.ENTRIES]
-    quoted = [re.findall(r"`([0-9a-f]{12})`", text) for text in re.findall(r"with code ([^:|]+):", readme)]
+    quoted = [re.findall(r"`([0-9a-f]{12})`", text) for text in re.findall(r"with code ([^:|]+):", proven)]
     assert all(digits == code for digits in quoted)
-    if "| the gate, scales per 64 and per 128 | `pytest" in readme:
+    if "| the gate, scales per 64 and per 128: `pytest" in proven:
         assert quoted
 
 
-def test_the_readme_quotes_the_results() -> None:
+def test_the_page_quotes_the_results() -> None:
     found = results.read(page.RESULTS)
-    before, between, after = page.section((ROOT / "README.md").read_text())
+    before, between, after = page.section(page.PAGE.read_text())
     assert between == page.render(found), "python -m bench report"
     assert page.drawn(found, page.RESULTS / page.PICTURE), "python -m bench report"
     if not found:  # none is of this code
@@ -115,8 +115,8 @@ def by_point(name: str) -> dict[tuple[str, int], dict[str, Any]]:
 
 
 def shown(head: str) -> list[dict[str, str]]:
-    """The lines of the README's one table of results whose head begins so: cells by the words of the head."""
-    _, between, _ = page.section((ROOT / "README.md").read_text())
+    """The lines of the page's one table of results whose head begins so: cells by the words of the head."""
+    _, between, _ = page.section(page.PAGE.read_text())
     (table,) = (part.splitlines() for part in between.split("\n\n") if part.startswith(f"| {head}"))
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
     return [dict(zip(cells[0], line, strict=True)) for line in cells[2:]]
@@ -136,7 +136,7 @@ def number(cell: str) -> float:
     "line, name", [("of the grouped GEMMs alone", "sweep"), ("scales per 128, of the grouped GEMMs alone", FOR_128)]
 )
 @pytest.mark.parametrize("preset", PEERS["shapes"])
-def test_the_grouped_gemms_in_the_readme(preset: str, line: str, name: str) -> None:
+def test_the_grouped_gemms_in_the_page(preset: str, line: str, name: str) -> None:
     ours, alone = by_point(name), PEERS["us"][preset]["grouped_gemms"]
     wanted = {int(t): ours[preset, int(t)]["us"] / us for t, us in alone.items() if (preset, int(t)) in ours}
     if not wanted:
@@ -145,7 +145,7 @@ def test_the_grouped_gemms_in_the_readme(preset: str, line: str, name: str) -> N
     assert figures(preset, line) == pytest.approx(wanted, abs=0.0051)
 
 
-def test_the_dense_ratios_in_the_readme() -> None:
+def test_the_dense_ratios_in_the_page() -> None:
     own = {(f"{row['m']} x {row['n']} x {row['k']}", row["group"]): row for row in raw("dense")}
     others = PEERS["dense"]["tflops"]
     lines = {line["M x N x K"]: line for line in shown("M x N x K")}
@@ -168,7 +168,7 @@ def test_the_dense_ratios_in_the_readme() -> None:
         assert found == pytest.approx(wanted, abs=0.0051), size
 
 
-def test_the_phases_in_the_readme() -> None:
+def test_the_phases_in_the_page() -> None:
     """Of math warpgroup 0, whose phases add up to an SM's time; operands of the producer."""
     rows = raw("phases")
     assert [row["T"] for row in rows] == [1, 8, 128, 1024, 8192]
@@ -194,7 +194,7 @@ def targets() -> dict[str, tuple[str, str, str]]:
     return {text: tuple(rest) for text, *rest in (line.values() for line in shown("target"))}
 
 
-def test_the_stretch_in_the_readme() -> None:
+def test_the_stretch_in_the_page() -> None:
     """Limits and ceilings are written again here, as the work item has them."""
     ours, found = by_point("sweep"), targets()
     missed = {}
@@ -209,7 +209,7 @@ def test_the_stretch_in_the_readme() -> None:
     assert found[text] == (f"{2 - len(missed)} of 2 points", "; ".join(missed.values()), "")
 
 
-def test_every_miss_in_the_readme_has_its_ratio() -> None:
+def test_every_miss_in_the_page_has_its_ratio() -> None:
     """Of the target that the most points miss: each T and value, from the file."""
     ours, found = by_point("sweep"), targets()
     met, missed, unmeasured = found["of the plain read, T = 8 to 128: at least 0.92"]
@@ -223,7 +223,7 @@ def test_every_miss_in_the_readme_has_its_ratio() -> None:
     assert said == wanted
 
 
-def test_the_main_loops_targets_in_the_readme() -> None:
+def test_the_main_loops_targets_in_the_page() -> None:
     own = {(f"{row['m']} x {row['n']} x {row['k']}", row["group"]): row for row in raw("dense")}
     others, found = PEERS["dense"]["tflops"], targets()
     sizes = list(dict.fromkeys(size for size, _ in own))
@@ -246,7 +246,7 @@ def test_the_main_loops_targets_in_the_readme() -> None:
     assert unmeasured == "; ".join(size for size in others["plain_64"] if size not in sizes)
 
 
-def test_what_was_not_measured_is_said_in_the_readme() -> None:
+def test_what_was_not_measured_is_said_in_the_page() -> None:
     """Distinct routing: its yardsticks where none ran, and each T of the sweep from 512 up that it has not."""
     distinct, ours, found = by_point("distinct"), by_point("sweep"), targets()
     for column, text in (
@@ -272,10 +272,10 @@ def ends(words: str) -> tuple[float, float]:
     return min(values), max(values)
 
 
-def test_granularity_in_the_readme() -> None:
+def test_granularity_in_the_page() -> None:
     ours, per_128 = by_point("sweep"), by_point(FOR_128)
     sentence = r"instead of 64 \((.+?)\): from T = 512 up ([^,]+), at T <= 128 (.+?(?:less|more))\."
-    ((presets, *said),) = re.findall(sentence, " ".join((ROOT / "README.md").read_text().split()))
+    ((presets, *said),) = re.findall(sentence, " ".join(page.PAGE.read_text().split()))
     assert presets == ", ".join(dict.fromkeys(preset for preset, _ in per_128))
     saved = {place: 100 * (1 - own["us"] / ours[place]["us"]) for place, own in per_128.items()}
     large = [percent for (_, tokens), percent in saved.items() if tokens >= 512]
