@@ -150,7 +150,8 @@ def test_the_documents_show_commands() -> None:
         ("python -m golden verified", "no command verified"),
         ("python -m golden verify --onyl x", "has no --onyl"),
         ("python -m golden verify | generate", "no command generate"),
-        ("python -m proof wrong --yaml", "does not know --yaml"),
+        ("python -m proof wrong --yaml", "has no --yaml"),
+        ("python -m tests.third.figures --yaml", "does not know --yaml"),
     ],
 )
 def test_a_command_that_is_wrong_is_found(command: str, message: str, parser: pytest.Parser) -> None:
