@@ -1,12 +1,7 @@
-"""`python -m bench sweep`: kernel time of the fused layer on one rank with the load of one of eight.
+"""How fast the fused kernel is, and beside what: `python -m bench sweep | dense | phases | floor | report | twins`.
 
-`command` holds the options, `points` what they ask for, `load` the layer, `timer` the clock, `yardsticks` what is
-measured beside the kernel, `rows` every column of a result, `compare` the verdict, `files` how it is
-written; `sweep` puts them together. `dense_rows` is `python -m bench dense`: the main loop alone.
-`report` is `python -m bench report`: `results` reads the JSON, `derived` adds what follows from it, `targets` judges,
-`sections` and `plot` show.
+`measure` times: the whole layer on one rank with the load of one of eight (sweep), the main loop alone (dense), the
+phases of each role (phases), the predictions (twins). `model` says without a GPU what a chip could reach at best.
+`results` holds what was measured, a folder a chip; `peers` what public kernels took on the same chip. `report` reads
+both, derives, judges and writes docs/results.md. `command` holds the options of the sweep.
 """
-
-from megaproof.bench.command import bench_command
-
-__all__ = ["bench_command"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from megaproof.bench.command import bench_command
+from megaproof.bench.command import sweep_command
 from megaproof.bench.measure.main_loop import dense_command
 from megaproof.bench.measure.phases import phases_command
 from megaproof.bench.measure.twins import twins_command
@@ -12,7 +12,7 @@ from megaproof.bench.model.floor import floor_command
 from megaproof.bench.report.page import report_command
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
-app.command("sweep")(bench_command)
+app.command("sweep")(sweep_command)
 app.command("dense")(dense_command)
 app.command("phases")(phases_command)
 app.command("floor")(floor_command)

@@ -22,7 +22,7 @@ from megaproof.kernel.host.sizes import GROUP
 from megaproof.toolchain.build import EnvironmentMissing
 
 
-def bench_command(
+def sweep_command(
     newer: Annotated[
         Path | None, typer.Argument(metavar="[B.json]", help="After --compare A.json: compare B with A, no GPU.")
     ] = None,

@@ -22,7 +22,7 @@ from megaproof.toolchain.build import EnvironmentMissing
 FLASH = {"dsv4_flash": SHAPES["dsv4_flash"]}
 CUSTOM = ("--hidden", "512", "--intermediate", "256", "--experts", "16", "--topk", "4")
 APP = typer.Typer()
-APP.command("bench")(command.bench_command)
+APP.command("sweep")(command.sweep_command)
 
 
 def invoke(*arguments: str) -> tuple[int, str]:
