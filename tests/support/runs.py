@@ -8,6 +8,8 @@ import sys
 import textwrap
 from pathlib import Path
 
+from megaproof.tests.support import warm
+
 ROOT = Path(__file__).resolve().parents[2]
 
 CASES = """
@@ -107,4 +109,4 @@ def pytest_run(folder: Path, source: str, *arguments: str, header: bool = False)
         str(folder),
     ]
     options += [] if header else ["--no-header"]
-    return python(folder, "-m", "pytest", *options, *arguments, "test_tiny.py")
+    return warm.pytest_main(folder, [*options, *arguments, "test_tiny.py"], environment())
