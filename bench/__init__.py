@@ -5,3 +5,7 @@ phases of each role (phases), the predictions (twins). `model` says without a GP
 `results` holds what was measured, a folder a chip; `peers` what public kernels took on the same chip. `report` reads
 both, derives, judges and writes docs/results.md. `command` holds the options of the sweep.
 """
+
+from megaproof import bare
+
+bare.refuse(__name__)

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from megaproof import moved
 from megaproof.bench.measure import phases
 from megaproof.bench.model.roofline import CHIPS
 from megaproof.kernel import api
@@ -164,4 +165,5 @@ def _line(row: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
+    moved.refuse_old_command("kernel")
     app()

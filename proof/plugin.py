@@ -28,7 +28,7 @@ from typing import Any
 
 import pytest
 
-from megaproof import HOME
+from megaproof import HOME, moved
 from megaproof.proof import tally
 from megaproof.proof.verdicts import (
     CASE_PROPERTY,
@@ -148,6 +148,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if workers := getattr(config, "workerinput", {}).get("workercount"):
         # Threads of several processes that wait for each other on the same cores are many times slower; no bit moves.
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // workers)))
+    for line in filter(None, map(moved.of_test, config.args)):
+        raise pytest.UsageError(line)
     if config.option.kernel != DEFAULT_KERNEL:
         _check_kernel(config.option.kernel)
     if config.option.world == "processes":

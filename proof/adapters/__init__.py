@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor, device
 
+from megaproof import moved
+
 if TYPE_CHECKING:
     from megaproof.cases.cases import Case
     from megaproof.cases.inputs import Inputs
@@ -105,6 +107,8 @@ def load(spec: str) -> Callable[[], Adapter]:
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
+        if line := moved.of_kernel(spec):
+            raise AdapterError(line) from error
         raise AdapterError(f"--kernel {spec!r}: module {module_name} can't be imported: {error}") from error
     factory = getattr(module, factory_name, None)
     if factory is None:
