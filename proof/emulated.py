@@ -15,7 +15,8 @@ import typer
 from megaproof.cases import inputs
 from megaproof.cases.cases import Case
 from megaproof.kernel import emulator
-from megaproof.kernel.host.sizes import GROUP_BLOCKS, Problem
+from megaproof.kernel.host.buffer import BufferSize
+from megaproof.kernel.host.sizes import GROUP_BLOCKS
 from megaproof.proof.adapters import Prepared
 from megaproof.proof.adapters.emulated import EmulatedAdapter
 from megaproof.proof.prove import Proof, prove
@@ -35,7 +36,7 @@ def draw(seed: int) -> tuple[Case, int | None, emulator.Run]:
     granularity, silu, clamp = rng.choice([64, 64, 128]), rng.choice(["fast", "precise"]), rng.choice([None, 0.5, 10.0])
     shape = Shape(f"h{hidden}i{intermediate}", hidden=hidden, intermediate=intermediate, experts=experts, topk=topk)
     case = Case(shape, tokens, recipe=Recipe(activation_granularity=granularity, silu=silu, clamp=clamp))
-    every = Problem(ranks, experts, topk, hidden, intermediate, max(1, *tokens)).pool_blocks
+    every = BufferSize(ranks, experts, topk, hidden, intermediate, max(1, *tokens)).pool_blocks
     ring = rng.choice([None, 2 * GROUP_BLOCKS, 2 * GROUP_BLOCKS + 1])
     if ring is not None:
         ring = max(ring, min(2 * GROUP_BLOCKS, every))

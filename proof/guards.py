@@ -15,7 +15,8 @@ from torch import Tensor
 from megaproof.cases.cases import Case
 from megaproof.cases.compare import same
 from megaproof.cases.inputs import Inputs
-from megaproof.kernel.host.sizes import BLOCK_M, WORKSPACE_BYTES, Problem, aligned
+from megaproof.kernel.host.buffer import BufferSize, RankViews, names_of
+from megaproof.kernel.host.sizes import BLOCK_M, WORKSPACE_BYTES, aligned
 from megaproof.proof.adapters import Prepared
 from megaproof.proof.adapters.emulated import EmulatedAdapter
 from megaproof.proof.adapters.megaproof import POOL_STAGES, MegaproofAdapter
@@ -31,20 +32,20 @@ class Overwritten(AssertionError):
     """A launch wrote where nothing belongs to it; names where."""
 
 
-def sizes(problem: Problem) -> dict[str, int]:
+def sizes(size: BufferSize) -> dict[str, int]:
     """Bytes of each field of a rank's symmetric buffer, as the reference lays them out, not as the host did."""
-    numbers = {name: size for name, size in vars(problem).items() if name != "ring"}
-    fields = layout.fields(**numbers, pool_blocks=problem.pool_blocks, ring_blocks=problem.ring_blocks)
+    numbers = {name: number for name, number in vars(size).items() if name != "ring"}
+    fields = layout.fields(**numbers, pool_blocks=size.pool_blocks, ring_blocks=size.ring_blocks)
     found = {name: dtype.itemsize * torch.Size(shape).numel() for name, (dtype, shape) in fields.items()}
     return found | {"workspace": WORKSPACE_BYTES + found["workspace"]}
 
 
-def gaps(problem: Problem) -> dict[str, range]:
+def gaps(size: BufferSize) -> dict[str, range]:
     """Bytes of a rank's symmetric buffer that belong to no field, by the field before them; some are empty."""
-    offsets, total = problem.offsets()
+    offsets, total = size.offsets()
     ends = [*list(offsets.values())[1:], total]
-    size = sizes(problem)
-    return {name: range(offset + size[name], end) for (name, offset), end in zip(offsets.items(), ends, strict=True)}
+    taken = sizes(size)
+    return {name: range(offset + taken[name], end) for (name, offset), end in zip(offsets.items(), ends, strict=True)}
 
 
 class GuardedAdapter(MegaproofAdapter):
@@ -55,9 +56,9 @@ class GuardedAdapter(MegaproofAdapter):
     def prepare(self, prepared: Prepared) -> None:
         """As there; then outputs stand between guards, and the buffer's gaps are filled with them."""
         super().prepare(prepared)
-        problem, device = self._buffer.problem, prepared.device
-        self.between = torch.cat([torch.arange(gap.start, gap.stop) for gap in gaps(problem).values()]).to(device)
-        self.storages = [self._buffer.rank(rank).storage for rank in range(problem.ranks)]
+        size, device = self._buffer.size, prepared.device
+        self.between = torch.cat([torch.arange(gap.start, gap.stop) for gap in gaps(size).values()]).to(device)
+        self.storages = [self._buffer.rank(rank).storage for rank in range(size.ranks)]
         for storage in self.storages:
             storage[self.between] = GUARD
         self.around = {"y": [_between(y, ROWS) for y in self.outputs]}
@@ -86,7 +87,7 @@ class GuardedAdapter(MegaproofAdapter):
 
     def _overwritten(self) -> Iterator[str]:
         for rank, storage in enumerate(self.storages):
-            for name, gap in gaps(self._buffer.problem).items():
+            for name, gap in gaps(self._buffer.size).items():
                 wrong = (storage[gap.start : gap.stop] != GUARD).nonzero()
                 if len(wrong):
                     yield f"behind {name} of rank {rank}: byte {int(wrong[0])} of {len(gap)} that belong to no field"
@@ -127,12 +128,11 @@ def assert_nothing_else_is_written(adapter: GuardedAdapter, prepared: Prepared, 
         views.topk_weights.fill_(float("nan"))
     adapter.prepare(prepared)
     adapter.fill(GUARD)
-    fields = [_fields(adapter.buffer.problem, views.storage) for views in ranks]
-    for field in fields:
-        for name in ("recv_list", "pool_source", "pool_weight"):
-            field[name].fill_(GUARD)
+    for views in ranks:
+        for name in ("recv_list", *names_of("pool")):
+            getattr(views, name).view(torch.uint8).fill_(GUARD)
 
-    read = [getattr(views, name) for views in ranks for name in ("x", "x_sf", "topk_idx", "topk_weights")]
+    read = [getattr(views, name) for views in ranks for name in names_of("inputs")]
     read += [tensor for layer in adapter.weights for pair in layer for tensor in pair]
     before = [_raw(tensor) for tensor in read]
     digest = made.sha256()
@@ -144,23 +144,15 @@ def assert_nothing_else_is_written(adapter: GuardedAdapter, prepared: Prepared, 
         same(f"y of rank {rank}", wanted.y[rank], adapter.y()[rank])
         same(f"stats of rank {rank}", wanted.stats[rank], adapter.stats()[rank])
     guarded = 0
-    for rank, (views, field) in enumerate(zip(ranks, fields, strict=True)):
-        for name, tensor in _unused(case, made, wanted, rank, views, field).items():
+    for rank, views in enumerate(ranks):
+        for name, tensor in _unused(case, made, wanted, rank, views).items():
             assert tensor.numel(), f"{name} has no unused part: the test checks nothing"
             assert bool((_raw(tensor) == GUARD).all()), f"{name} of rank {rank} was written where the batch has nothing"
             guarded += tensor.nbytes
     return guarded
 
 
-def _fields(problem: Problem, storage: Tensor) -> dict[str, Tensor]:
-    """The bytes of every field of one rank."""
-    offsets, size = problem.offsets()[0], sizes(problem)
-    return {name: storage[offset : offset + size[name]] for name, offset in offsets.items()}
-
-
-def _unused(
-    case: Case, made: Inputs, wanted: LayerResult, rank: int, views: object, field: dict[str, Tensor]
-) -> dict[str, Tensor]:
+def _unused(case: Case, made: Inputs, wanted: LayerResult, rank: int, views: RankViews) -> dict[str, Tensor]:
     """What a batch has no rows for, of the fields that a launch writes."""
     tokens, local = case.tokens[rank], case.shape.experts_per_rank(case.ranks)
     used = sum(aligned(rows, BLOCK_M) for rows in wanted.stats[rank].tolist())
@@ -171,8 +163,8 @@ def _unused(
     unused["slots of no token"] = views.slots[:, tokens:]
     if bool((masked := made.topk_idx[rank].t() < 0).any()):
         unused["slots that are masked"] = views.slots[:, :tokens][masked]
-    unused["pool_source"], unused["pool_weight"] = field["pool_source"][8 * used :], field["pool_weight"][4 * used :]
-    lists = field["recv_list"].view(torch.int32).view(case.ranks, local, -1)
+    unused |= {name: getattr(views, name)[used:] for name in names_of("pool")}
+    lists = views.recv_list
     mine = torch.arange(rank * local, (rank + 1) * local, device=lists.device)
     sent = torch.stack([(idx.flatten()[:, None] == mine).sum(0) for idx in made.topk_idx])
     behind = torch.arange(lists.shape[2], device=lists.device) >= sent[:, :, None]

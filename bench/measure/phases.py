@@ -44,7 +44,7 @@ from megaproof.toolchain.launch import Library
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from megaproof.kernel.host.buffer import SymmBuffer
+    from megaproof.kernel.host.symm_buffer import SymmBuffer
     from megaproof.quant.shapes import Shape
 
 ROLES = ("producer", "math 0", "math 1")
@@ -160,7 +160,7 @@ def text(row: dict[str, Any]) -> str:
 def marking(buffer: SymmBuffer) -> Iterator[int]:
     """Launches on this buffer are of the build with marks; gives the blocks of a launch. The buffer has room for them
     from here on, and its plans are made anew."""
-    ranks = buffer.problem.ranks
+    ranks = buffer.size.ranks
     blocks = api.require_device(buffer.device.index).sms // ranks * ranks
     library = Library(compile_phases().cubin)
     buffer.status = torch.zeros(status_words(blocks), dtype=torch.int32, device=buffer.device)

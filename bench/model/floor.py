@@ -18,6 +18,7 @@ from megaproof.bench.measure import points
 from megaproof.bench.measure.load import ROUTINGS
 from megaproof.bench.model.roofline import CHIPS, RANKS, Chip, Load
 from megaproof.kernel.host import sizes
+from megaproof.kernel.host.buffer import BufferSize
 from megaproof.reference.scheduler import l2_width
 
 if TYPE_CHECKING:
@@ -92,10 +93,10 @@ def row(chip: Chip, shape: Shape, tokens: int, routing: str, seed: int) -> dict[
 def memory(shape: Shape) -> dict[str, Any]:
     """Bytes of a rank's symmetric buffer among eight, and what it would be if activations of the whole pool stayed."""
     dimensions = shape.experts, shape.topk, shape.hidden, shape.intermediate
-    problem = sizes.Problem(RANKS, *dimensions, points.CAPACITY)
-    found = {"preset": shape.name, "capacity": points.CAPACITY, "ring_blocks": problem.ring_blocks}
-    whole = replace(problem, ring=problem.pool_blocks)
-    return found | {"bytes": problem.offsets()[1], "whole_pool_bytes": whole.offsets()[1]}
+    size = BufferSize(RANKS, *dimensions, points.CAPACITY)
+    found = {"preset": shape.name, "capacity": points.CAPACITY, "ring_blocks": size.ring_blocks}
+    whole = replace(size, ring=size.pool_blocks)
+    return found | {"bytes": size.offsets()[1], "whole_pool_bytes": whole.offsets()[1]}
 
 
 def memory_text(rows: list[dict[str, Any]]) -> str:

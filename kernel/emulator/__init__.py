@@ -23,8 +23,9 @@ from torch import Tensor
 
 from megaproof.kernel import api
 from megaproof.kernel.host import params
-from megaproof.kernel.host.buffer import RankViews, waited
-from megaproof.kernel.host.sizes import ALIGNMENT, THREADS, Problem, shared_bytes
+from megaproof.kernel.host.buffer import BufferSize, RankViews
+from megaproof.kernel.host.sizes import ALIGNMENT, THREADS, shared_bytes
+from megaproof.kernel.host.timeout import STATUS_WORDS, waited
 from megaproof.quant import tables
 from megaproof.quant.recipe import Recipe
 from megaproof.toolchain import build
@@ -141,7 +142,7 @@ def _map(matrix: Tensor, box_rows: int) -> TensorMap:
 class Buffers:
     """A virtual group in host memory, as `SymmBuffer` has it on a GPU."""
 
-    problem: Problem
+    size: BufferSize
     storage: Tensor
     ranks: list[RankViews]
     status: Tensor
@@ -153,13 +154,14 @@ class Buffers:
         """Nothing to give back."""
 
 
-def buffers(problem: Problem) -> Buffers:
+def buffers(size: BufferSize) -> Buffers:
     """All zero, as a new SymmBuffer."""
-    _, size = problem.offsets()
-    raw = torch.zeros(problem.ranks * size + ALIGNMENT, dtype=torch.uint8)
+    _, each = size.offsets()
+    raw = torch.zeros(size.ranks * each + ALIGNMENT, dtype=torch.uint8)
     skip = -raw.data_ptr() % ALIGNMENT
-    storage = raw[skip : skip + problem.ranks * size].view(problem.ranks, size)
-    return Buffers(problem, storage, [RankViews(problem, part) for part in storage], torch.zeros(8, dtype=torch.int32))
+    storage = raw[skip : skip + size.ranks * each].view(size.ranks, each)
+    status = torch.zeros(STATUS_WORDS, dtype=torch.int32)
+    return Buffers(size, storage, [RankViews(size, part) for part in storage], status)
 
 
 @dataclass(frozen=True)
@@ -191,8 +193,7 @@ def launch(
 
     Raises EmulationError.
     """
-    problem = own.problem
-    packed = params.of_problem(problem, own.ranks, run.blocks, own.status, _map)
+    packed = params.of_buffer(own.size, own.ranks, run.blocks, own.status, _map)
     packed.swiglu, packed.timeout_ns = params.swiglu_of(recipe), 1000 * run.timeout_steps
     for mine, (l1, l2), y, counts in zip(packed.rank, weights, ys, stats):  # noqa: B905  Params has room for more ranks
         params.set_weights(mine, l1, l2)
@@ -200,7 +201,7 @@ def launch(
     rcp, ex2 = (np.ascontiguousarray(tables.load(name).numpy()) for name in tables.NAMES)
     said = library(source(recipe.activation_granularity, run.change, recipe.silu)).emulate(
         ctypes.byref(packed),
-        *map(ctypes.c_uint, (run.blocks * problem.ranks, THREADS, shared_bytes(), LAUNCH_REGISTERS, run.seed)),
+        *map(ctypes.c_uint, (run.blocks * own.size.ranks, THREADS, shared_bytes(), LAUNCH_REGISTERS, run.seed)),
         ctypes.c_ulonglong(run.most_steps),
         ctypes.c_uint(run.early),
         *(table.ctypes.data_as(ctypes.c_void_p) for table in (rcp, ex2)),

@@ -1,144 +1,170 @@
-"""Groups and the symmetric buffer: memory, its views by rank, and what stays with it between launches."""
+"""What a rank's part of the symmetric buffer holds: a table of its fields, and all that follows from the table.
+
+A field is one row of FIELDS. Offsets and bytes (`BufferSize.offsets`), the views (`RankViews`), `Layout` of the
+kernel's parameters and what is cleared after a failure are derived from it. The reference has a table of its own
+(reference/layout.py), and a test compares the two.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
-from megaproof.kernel.host.sizes import MAX_RANKS, ConfigError, Problem
+from megaproof.kernel.host.sizes import (
+    BLOCK_K,
+    BLOCK_M,
+    GROUP,
+    GROUP_BLOCKS,
+    MAX_EXPERTS,
+    MAX_RANKS,
+    RING_BLOCKS,
+    WORKSPACE_BYTES,
+    ConfigError,
+    aligned,
+)
 
-WAITS = {
-    1: ("all roles", "blocks of the rank"),
-    2: ("all roles", "ranks"),
-    3: ("scout", "rows of a pool block"),
-    4: ("scout or dispatch", "L1 turns of a pool block"),
-    5: ("scout", "L2 turns of a pool block"),
-    6: ("dispatch", "the copy of a row"),
-    7: ("scout", "tasks of its block"),
-}
-"""`Counter` of barrier.cuh, in words: who waits for what.
-
-All roles wait at the meetings; for L1 turns the scout does (GEMM 2), or dispatch (a free place in the ring). Waiting
-for the tasks of its block the scout waits for all that producer and math warps wait for inside it.
-"""
-
-
-def waited(status: Tensor) -> str | None:
-    """What a `Status` of params.cuh says: who waited in vain and for what; None where nobody did."""
-    flag, rank, block, counter, expected, seen, *_ = (word & 0xFFFFFFFF for word in status.tolist())
-    who, what = WAITS.get(counter, ("nobody known", "nothing known"))
-    return f"rank {rank}, block {block}, {who} waited for {what}: expected {expected}, saw {seen}" if flag else None
-
-
-class KernelTimeout(RuntimeError):
-    """A role waited longer than the timeout; the message says who, for what, and what it saw."""
+Region = Literal["inputs", "peers", "workspace", "ring", "pool"]
+"""What a field is for: `inputs` are written by the caller and read by all ranks; `peers` are written by other ranks, by
+every launch anew; `workspace` are counters, which have to be as the last launch left them and are cleared when it
+failed; `ring` holds activations of the pool blocks under way; `pool` says of each pool row where it came from."""
 
 
 @dataclass(frozen=True)
-class VirtualGroup:
-    """R ranks on one GPU, in one cooperative launch. Raises ConfigError unless size is an int in [1, 8]."""
+class BufferSize:
+    """What a symmetric buffer is made for.
 
-    size: int
+    Raises:
+        ConfigError: naming the argument of `get_symm_buffer_for_mega_moe`, its value and the rule that it breaks.
+    """
+
+    ranks: int
+    experts: int
+    topk: int
+    hidden: int
+    intermediate: int
+    capacity: int
+    """Tokens of a rank at most."""
+    ring: int | None = None
+    """Pool blocks that activations have memory for; None: RING_BLOCKS, or fewer where fewer can fill."""
 
     def __post_init__(self) -> None:
-        if type(self.size) is not int or not 1 <= self.size <= MAX_RANKS:
-            raise ConfigError(f"group: VirtualGroup size = {self.size!r} must be an int in [1, {MAX_RANKS}]")
+        for name, value in (("hidden", self.hidden), ("intermediate_hidden", self.intermediate)):
+            if value <= 0 or value % 128:
+                raise ConfigError(f"{name} = {value} must be a positive multiple of 128")
+        if not 1 <= self.ranks <= MAX_RANKS:
+            raise ConfigError(f"ranks = {self.ranks} must be in [1, {MAX_RANKS}]")
+        if not 0 < self.experts <= MAX_EXPERTS or self.experts % self.ranks:
+            rule = f"a multiple of ranks = {self.ranks}, at most {MAX_EXPERTS}"
+            raise ConfigError(f"num_experts = {self.experts} must be {rule}")
+        if not 1 <= self.topk <= 32:
+            raise ConfigError(f"num_topk = {self.topk} must be in [1, 32]")
+        if self.capacity <= 0 or self.capacity * self.topk >= 1 << 31:
+            raise ConfigError(f"num_max_tokens_per_rank = {self.capacity} must be positive, times topk below 2^31")
+        if self.pool_blocks * BLOCK_M >= 1 << 32:
+            raise ConfigError(f"num_max_tokens_per_rank = {self.capacity}: the ranks' slots must be below 2^32")
+        if self.ring is not None and self.ring < min(2 * GROUP_BLOCKS, self.pool_blocks):
+            least = min(2 * GROUP_BLOCKS, self.pool_blocks)
+            raise ConfigError(f"ring_blocks = {self.ring} must be at least {least}")
+
+    @property
+    def experts_local(self) -> int:
+        return self.experts // self.ranks
+
+    @property
+    def pool_blocks(self) -> int:
+        """Blocks of the pool: every slot of every rank may come here, each expert's last block may be part-filled."""
+        slots = self.ranks * self.capacity * self.topk
+        return (slots + self.experts_local * (BLOCK_M - 1)) // BLOCK_M
+
+    @property
+    def pool_rows(self) -> int:
+        return self.pool_blocks * BLOCK_M
+
+    @property
+    def ring_blocks(self) -> int:
+        """Blocks that activations have memory for."""
+        return min(self.pool_blocks, RING_BLOCKS if self.ring is None else self.ring)
+
+    @property
+    def ring_rows(self) -> int:
+        return self.ring_blocks * BLOCK_M
+
+    def offsets(self) -> tuple[dict[str, int], int]:
+        """(name -> byte offset of each field in a rank's memory, total bytes); each begins at a multiple of 1,024."""
+        offsets, end = {}, 0
+        for field in FIELDS:
+            offsets[field.name], end = end, aligned(end + field.bytes(self))
+        return offsets, end
 
 
-def local_group(group: Any) -> VirtualGroup | None:
-    """The group as this version runs it: a process group of one rank is None. Raises ConfigError naming `group`."""
-    if group is None or isinstance(group, VirtualGroup):
-        return group
-    if not torch.distributed.is_available() or not isinstance(group, torch.distributed.ProcessGroup):
-        raise ConfigError(f"group = {group!r} must be None, a VirtualGroup or a torch.distributed ProcessGroup")
-    if group.size() != 1:
-        raise ConfigError(
-            f"group = a ProcessGroup of {group.size()} ranks; it must have 1: ranks as processes over NVLink are not "
-            "available in this version (VirtualGroup runs up to 8 ranks on one GPU)"
-        )
-    return None
+@dataclass(frozen=True)
+class Field:
+    """A row of the table."""
+
+    name: str
+    """Also the name of its offset in `Layout` of params.cuh, and of its view."""
+    dtype: torch.dtype
+    shape: Callable[[BufferSize], tuple[int, ...]]
+    """As it lies in memory, contiguous."""
+    region: Region
+    transposed: bool = False
+    """Whether the view shows its two dimensions exchanged."""
+
+    def bytes(self, size: BufferSize) -> int:
+        """Bytes of a rank."""
+        return self.dtype.itemsize * torch.Size(self.shape(size)).numel()
+
+
+FP8, F32, U32 = torch.float8_e4m3fn, torch.float32, torch.int32
+FIELDS = (
+    Field("x", FP8, lambda s: (s.capacity, s.hidden), "inputs"),
+    Field("x_sf", F32, lambda s: (s.capacity, s.hidden // BLOCK_K), "inputs"),
+    Field("topk_idx", torch.int64, lambda s: (s.capacity, s.topk), "inputs"),
+    Field("topk_weights", F32, lambda s: (s.capacity, s.topk), "inputs"),
+    Field("slots", torch.bfloat16, lambda s: (s.topk, s.capacity, s.hidden), "peers"),
+    Field("recv_count", U32, lambda s: (s.ranks, s.experts_local), "peers"),
+    Field("recv_list", U32, lambda s: (s.ranks, s.experts_local, s.capacity * s.topk), "peers"),
+    Field("rank_counter", U32, lambda s: (1,), "workspace"),
+    Field("workspace", U32, lambda s: (WORKSPACE_BYTES // 4 + 3 * s.pool_blocks,), "workspace"),
+    Field("l1_acts", FP8, lambda s: (s.ring_rows, s.hidden), "ring"),
+    Field("l1_acts_sf", F32, lambda s: (s.hidden // BLOCK_K, s.ring_rows), "ring", transposed=True),
+    Field("l2_acts", FP8, lambda s: (s.ring_rows, s.intermediate), "ring"),
+    Field("l2_acts_sf", F32, lambda s: (s.intermediate // GROUP, s.ring_rows), "ring", transposed=True),
+    Field("pool_source", U32, lambda s: (s.pool_rows, 2), "pool"),
+    Field("pool_weight", F32, lambda s: (s.pool_rows,), "pool"),
+)
+"""In the order in which they lie, which is that of `Layout` in params.cuh too."""
+
+
+def names_of(region: Region) -> tuple[str, ...]:
+    """The fields of a region, in order."""
+    return tuple(field.name for field in FIELDS if field.region == region)
 
 
 class RankViews:
-    """Views of one rank's part of the symmetric buffer; x, x_sf, topk_idx and topk_weights are the inputs.
+    """Views of one rank's part of the symmetric buffer, one a field of FIELDS, under its name.
 
-    l2_acts_sf has a column for 64 activations; after a launch of granularity 128 its first I/128 columns are valid.
+    A caller writes x, x_sf, topk_idx and topk_weights; README says what each holds. Of the others, which a launch
+    leaves behind, these can be of use to a caller: l1_acts, l1_acts_sf [ring rows, H/128], l2_acts,
+    l2_acts_sf [ring rows, I/64] and slots bfloat16 [K, capacity, H]. l2_acts_sf has a column for 64 activations; after
+    a launch of granularity 128 its first I/128 columns are valid.
     """
 
-    def __init__(self, problem: Problem, storage: Tensor) -> None:
+    storage: Tensor
+    """uint8 [bytes of a rank]: all of it."""
+
+    def __init__(self, size: BufferSize, storage: Tensor) -> None:
         self.storage = storage
-        offsets, _ = problem.offsets()
+        offsets, _ = size.offsets()
+        for field in FIELDS:
+            start = offsets[field.name]
+            view = storage[start : start + field.bytes(size)].view(field.dtype).view(field.shape(size))
+            setattr(self, field.name, view.t() if field.transposed else view)
 
-        def view(name: str, dtype: torch.dtype, *shape: int) -> Tensor:
-            count = torch.Size(shape).numel() * dtype.itemsize
-            return storage[offsets[name] : offsets[name] + count].view(dtype).view(shape)
+    if TYPE_CHECKING:
 
-        t, k, h, i = problem.capacity, problem.topk, problem.hidden, problem.intermediate
-        rows, ring = problem.pool_rows, problem.ring_rows
-        self.x = view("x", torch.float8_e4m3fn, t, h)
-        self.x_sf = view("x_sf", torch.float32, t, h // 128)
-        self.topk_idx = view("topk_idx", torch.int64, t, k)
-        self.topk_weights = view("topk_weights", torch.float32, t, k)
-        self.l1_acts = view("l1_acts", torch.float8_e4m3fn, ring, h)
-        self.l1_acts_sf = view("l1_acts_sf", torch.float32, h // 128, ring).t()
-        self.l2_acts = view("l2_acts", torch.float8_e4m3fn, ring, i)
-        self.l2_acts_sf = view("l2_acts_sf", torch.float32, i // 64, ring).t()
-        self.slots = view("slots", torch.bfloat16, k, t, h)
-        self.pool_source = view("pool_source", torch.int32, rows, 2)
-
-
-class SymmBuffer:
-    """Symmetric memory of a group: `.rank(r)` for each rank of a virtual group; with one rank, the views themselves."""
-
-    def __init__(self, group: VirtualGroup | None, problem: Problem, device: torch.device) -> None:
-        self.group, self.problem, self.device = group, problem, device
-        self.offsets, self.bytes_per_rank = problem.offsets()
-        storage = torch.zeros(problem.ranks, self.bytes_per_rank, dtype=torch.uint8, device=device)
-        self._ranks: list[RankViews] = [RankViews(problem, part) for part in storage]
-        self.status = torch.zeros(8, dtype=torch.int32, device=device)
-        self.template: Any = None
-        """Params of every launch on this buffer, but for weights, outputs and recipe; the first launch makes them."""
-        self.plans: dict[tuple, Any] = {}
-        """Launch plans of `fp8_mega_moe`, by recipe and weights; the oldest first."""
-        if group is None:
-            self.__dict__.update(vars(self._ranks[0]))
-
-    def require(self) -> None:
-        """Raises ConfigError when the buffer was destroyed."""
-        if not self._ranks:
-            raise ConfigError("sym_buffer was destroyed; it must be alive: make a new one")
-
-    def rank(self, r: int) -> RankViews:
-        """The views of rank r. Raises ConfigError."""
-        self.require()
-        if not 0 <= r < self.problem.ranks:
-            raise ConfigError(f"rank = {r} must be in [0, {self.problem.ranks})")
-        return self._ranks[r]
-
-    def destroy(self) -> None:
-        """Frees the memory; the views and the launch plans are gone. A second call does nothing."""
-        if self.group is None and self._ranks:
-            for name in vars(self._ranks[0]):
-                del self.__dict__[name]
-        self._ranks.clear()
-        self.plans.clear()
-        self.template = None
-
-    def check(self) -> None:
-        """Waits for the launches so far, on whatever stream. Raises KernelTimeout when a role gave up waiting.
-
-        All roles have left the launch by then; its counters are made zero, so that the buffer can be used again. What
-        is launched between a failure and this call computes nothing.
-        """
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        if said := waited(self.status):
-            for views in self._ranks:
-                views.storage[self.offsets["rank_counter"] : self.offsets["l1_acts"]].zero_()
-            self.status.zero_()  # last: a launch that comes between computes nothing either
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)  # the next launch may be on another stream
-            raise KernelTimeout(said)
+        def __getattr__(self, name: str) -> Tensor: ...

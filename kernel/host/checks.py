@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any
@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megaproof.kernel.host.buffer import RankViews, SymmBuffer
-from megaproof.kernel.host.sizes import BLOCK_K, ConfigError, Problem, check_recipe
+from megaproof.kernel.host.sizes import BLOCK_K, ConfigError, check_recipe
+from megaproof.kernel.host.symm_buffer import SymmBuffer
 from megaproof.quant.recipe import Recipe, RecipeError
 
 STATS = "cumulative_local_expert_recv_stats"
@@ -52,7 +52,7 @@ def _resolved(recipe: Recipe | tuple, clamp: float | None, fast_math: bool | Non
 
 def check_weights(buffer: SymmBuffer, l1s: Any, l2s: Any) -> None:
     """l1s, l2s: an entry a rank, each (fp8 [E_loc, 2I, H] or [E_loc, H, I], float32 scales of 128x128 blocks)."""
-    e, h, i = buffer.problem.experts_local, buffer.problem.hidden, buffer.problem.intermediate
+    e, h, i = buffer.size.experts_local, buffer.size.hidden, buffer.size.intermediate
     for argument, values, (n, k) in (("l1_weights", l1s, (2 * i, h)), ("l2_weights", l2s, (h, i))):
         for name, pair in _by_rank(buffer, argument, values):
             if not isinstance(pair, tuple | list) or len(pair) != 2:
@@ -92,18 +92,18 @@ def check_to_transform(l1: Any, l2: Any) -> None:
 
 def check_outputs(buffer: SymmBuffer, ys: Any, stats: Any) -> None:
     """ys: bfloat16 [T, H] a rank, in memory of their own; stats: int32 [E_loc] or None a rank."""
-    problem = buffer.problem
+    size = buffer.size
     for name, y in _by_rank(buffer, "y", ys):
         tokens = y.shape[0] if isinstance(y, Tensor) and y.dim() else "T"
-        _check_tensor(buffer, name, y, torch.bfloat16, (tokens, problem.hidden))
-        if y.shape[0] > problem.capacity:
-            rule = f"the buffer holds num_max_tokens_per_rank = {problem.capacity}"
+        _check_tensor(buffer, name, y, torch.bfloat16, (tokens, size.hidden))
+        if y.shape[0] > size.capacity:
+            rule = f"the buffer holds num_max_tokens_per_rank = {size.capacity}"
             raise ConfigError(f"{name} has {y.shape[0]} tokens; {rule}")
     _check_disjoint("y", ys)
     _check_outside(buffer, "y", ys)
     for name, counts in _by_rank(buffer, STATS, stats):
         if counts is not None:
-            _check_tensor(buffer, name, counts, torch.int32, (problem.experts_local,), align=4)
+            _check_tensor(buffer, name, counts, torch.int32, (size.experts_local,), align=4)
     _check_disjoint(STATS, stats)
     _check_outside(buffer, STATS, stats)
 
@@ -119,7 +119,7 @@ def _check_disjoint(name: str, tensors: Sequence[Tensor | None]) -> None:
 
 def _check_outside(buffer: SymmBuffer, name: str, tensors: Sequence[Tensor | None]) -> None:
     """Inputs and workspace stay: no output is in the symmetric memory of a rank."""
-    for rank in range(buffer.problem.ranks):
+    for rank in range(buffer.size.ranks):
         storage = buffer.rank(rank).storage
         for tensor in tensors:
             if tensor is None or tensor.is_meta or not tensor.numel():
@@ -131,21 +131,38 @@ def _check_outside(buffer: SymmBuffer, name: str, tensors: Sequence[Tensor | Non
                 raise ConfigError(f"{name} lies in sym_buffer's memory of rank {rank}; it must have its own")
 
 
-def check_indices(problem: Problem, views: Sequence[RankViews], tokens: Sequence[int]) -> None:
-    """Reads topk_idx[:T] of every rank back: every value must be in [-1, E)."""
-    for rank, (view, count) in enumerate(zip(views, tokens, strict=True)):
-        idx = view.topk_idx[:count]
-        bad = ((idx < -1) | (idx >= problem.experts)).nonzero()
+def check_indices(buffer: SymmBuffer, tokens: Sequence[int]) -> None:
+    """Reads topk_idx[:T] of every rank back: every value must be in [-1, E). tokens: T of each rank."""
+    if buffer.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise ConfigError("check = True reads indices back, which a CUDA graph can't capture; it must be False here")
+    for rank, count in enumerate(tokens):
+        idx = buffer.rank(rank).topk_idx[:count]
+        bad = ((idx < -1) | (idx >= buffer.size.experts)).nonzero()
         if len(bad):
             token, slot = bad[0].tolist()
             value = idx[token, slot].item()
             where = f"topk_idx of rank {rank}, token {token}, slot {slot}"
-            raise ConfigError(f"{where} = {value} must be in [-1, {problem.experts})")
+            raise ConfigError(f"{where} = {value} must be in [-1, {buffer.size.experts})")
+
+
+def check_choice(name: str, value: str, allowed: str) -> None:
+    """An argument that has one legal value."""
+    if value != allowed:
+        raise ConfigError(f"{name} = {value!r} must be {allowed!r}")
+
+
+def check_ints(sizes: Mapping[str, Any], ring_blocks: Any) -> None:
+    """Sizes of a buffer, by argument, are ints; what values they may have, `BufferSize` checks."""
+    for name, size in sizes.items():
+        if type(size) is not int:
+            raise ConfigError(f"{name} = {size!r} must be an int")
+    if ring_blocks is not None and type(ring_blocks) is not int:
+        raise ConfigError(f"ring_blocks = {ring_blocks!r} must be None or an int")
 
 
 def _by_rank(buffer: SymmBuffer, argument: str, values: Any) -> Iterator[tuple[str, Any]]:
     """(what errors call it, the value) of every rank."""
-    ranks = buffer.problem.ranks
+    ranks = buffer.size.ranks
     if not isinstance(values, tuple | list):
         raise ConfigError(f"{argument} is {_kind(values)}; with a VirtualGroup it must be a list, one entry a rank")
     if len(values) != ranks:

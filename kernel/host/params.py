@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
-from megaproof.kernel.host.sizes import BOX_ROWS, MAX_RANKS, Problem
+from megaproof.kernel.host.buffer import FIELDS, BufferSize, RankViews
+from megaproof.kernel.host.sizes import BOX_ROWS, MAX_RANKS
 from megaproof.quant.recipe import Recipe
 from megaproof.toolchain.launch import TensorMap
-
-if TYPE_CHECKING:
-    from megaproof.kernel.host.buffer import RankViews
 
 Encode = Callable[[Tensor, int], TensorMap]
 """(matrix [rows, columns] of bytes, rows of a box) -> the map that TMA reads: the driver's, or the emulator's."""
@@ -23,15 +21,11 @@ def _struct(name: str, *fields: tuple[str, Any]) -> type[ctypes.Structure]:
     return type(name, (ctypes.Structure,), {"_fields_": fields})
 
 
-LAYOUT_FIELDS = (
-    *("x", "x_sf", "topk_idx", "topk_weights", "slots", "recv_count", "recv_list", "rank_counter", "workspace"),
-    *("l1_acts", "l1_acts_sf", "l2_acts", "l2_acts_sf", "pool_source", "pool_weight"),
-)
 SHAPE_FIELDS = (
     *("ranks", "experts", "experts_local", "topk", "hidden", "intermediate", "capacity", "pool_blocks"),
     *("ring_blocks", "ring_rows"),
 )
-Layout = _struct("Layout", *((name, ctypes.c_uint64) for name in LAYOUT_FIELDS))
+Layout = _struct("Layout", *((field.name, ctypes.c_uint64) for field in FIELDS))
 KernelShape = _struct("KernelShape", *((name, ctypes.c_uint32) for name in SHAPE_FIELDS))
 Swiglu = _struct("Swiglu", ("clamp", ctypes.c_float), ("clamped", ctypes.c_uint32))
 RankParams = _struct(
@@ -55,11 +49,11 @@ Params = _struct(
 )
 
 
-def of_problem(problem: Problem, views: Sequence[RankViews], blocks: int, status: Tensor, encode: Encode) -> Params:
+def of_buffer(size: BufferSize, views: Sequence[RankViews], blocks: int, status: Tensor, encode: Encode) -> Params:
     """What all launches on one buffer share: layout, shape, where each rank's memory is. blocks: of a rank."""
     params = Params(
-        layout=Layout(**problem.offsets()[0]),
-        shape=KernelShape(**{name: getattr(problem, name) for name in SHAPE_FIELDS}),
+        layout=Layout(**size.offsets()[0]),
+        shape=KernelShape(**{name: getattr(size, name) for name in SHAPE_FIELDS}),
         blocks_per_rank=blocks,
         status=status.data_ptr(),
     )

@@ -1,8 +1,6 @@
-"""Sizes and offsets, computed once: the symmetric buffer of a rank and the shared memory of a block. Pure."""
+"""The kernel's constants, and the shared memory of a block that follows from them. Pure."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 from megaproof.quant.recipe import Recipe, RecipeError
 
@@ -38,7 +36,7 @@ SHARED_LIMIT = 227 * 1024
 
 
 class ConfigError(ValueError):
-    """A problem that the kernel cannot take; names argument, value and rule."""
+    """An argument that the kernel cannot take; names argument, value and rule."""
 
 
 def aligned(size: int, to: int = ALIGNMENT) -> int:
@@ -66,87 +64,3 @@ def shared_bytes() -> int:
     plan = 4 * (3 * MAX_EXPERTS + 2) + 2 * FEW_SLOTS
     tasks = aligned(ring_bytes() + plan + TASKS * 6 * 4, 8) + (3 + TASKS) * 8
     return aligned(aligned(tasks, 128) + DISPATCH_WARPS * aligned(TRANSIT_BYTES + 8, 128))
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What a symmetric buffer is made for. Raises ConfigError."""
-
-    ranks: int
-    experts: int
-    topk: int
-    hidden: int
-    intermediate: int
-    capacity: int
-    """Tokens of a rank at most."""
-    ring: int | None = None
-    """Pool blocks that activations have memory for; None: RING_BLOCKS, or fewer where fewer can fill."""
-
-    def __post_init__(self) -> None:
-        for name, value in (("hidden", self.hidden), ("intermediate_hidden", self.intermediate)):
-            if value <= 0 or value % 128:
-                raise ConfigError(f"{name} = {value} must be a positive multiple of 128")
-        if not 1 <= self.ranks <= MAX_RANKS:
-            raise ConfigError(f"ranks = {self.ranks} must be in [1, {MAX_RANKS}]")
-        if not 0 < self.experts <= MAX_EXPERTS or self.experts % self.ranks:
-            rule = f"a multiple of ranks = {self.ranks}, at most {MAX_EXPERTS}"
-            raise ConfigError(f"num_experts = {self.experts} must be {rule}")
-        if not 1 <= self.topk <= 32:
-            raise ConfigError(f"num_topk = {self.topk} must be in [1, 32]")
-        if self.capacity <= 0 or self.capacity * self.topk >= 1 << 31:
-            raise ConfigError(f"num_max_tokens_per_rank = {self.capacity} must be positive, times topk below 2^31")
-        if self.pool_blocks * BLOCK_M >= 1 << 32:
-            raise ConfigError(f"num_max_tokens_per_rank = {self.capacity}: the ranks' slots must be below 2^32")
-        if self.ring is not None and self.ring < min(2 * GROUP_BLOCKS, self.pool_blocks):
-            least = min(2 * GROUP_BLOCKS, self.pool_blocks)
-            raise ConfigError(f"ring_blocks = {self.ring} must be at least {least}")
-
-    @property
-    def experts_local(self) -> int:
-        return self.experts // self.ranks
-
-    @property
-    def pool_blocks(self) -> int:
-        """Blocks of the pool: every slot of every rank may come here, each expert's last block may be part-filled."""
-        slots = self.ranks * self.capacity * self.topk
-        return (slots + self.experts_local * (BLOCK_M - 1)) // BLOCK_M
-
-    @property
-    def pool_rows(self) -> int:
-        return self.pool_blocks * BLOCK_M
-
-    @property
-    def ring_blocks(self) -> int:
-        """Blocks that activations have memory for."""
-        return min(self.pool_blocks, RING_BLOCKS if self.ring is None else self.ring)
-
-    @property
-    def ring_rows(self) -> int:
-        return self.ring_blocks * BLOCK_M
-
-    def offsets(self) -> tuple[dict[str, int], int]:
-        """(name -> byte offset of each field of `Layout` in params.cuh, total bytes)."""
-        t, k, h, i = self.capacity, self.topk, self.hidden, self.intermediate
-        rows, ring = self.pool_rows, self.ring_rows
-        workspace = WORKSPACE_BYTES + 4 * 3 * self.pool_blocks
-        sizes = {
-            "x": t * h,
-            "x_sf": 4 * t * (h // 128),
-            "topk_idx": 8 * t * k,
-            "topk_weights": 4 * t * k,
-            "slots": 2 * t * k * h,
-            "recv_count": 4 * self.experts,
-            "recv_list": 4 * self.experts * t * k,
-            "rank_counter": 4,
-            "workspace": workspace,
-            "l1_acts": ring * h,
-            "l1_acts_sf": 4 * ring * (h // 128),
-            "l2_acts": ring * i,
-            "l2_acts_sf": 4 * ring * (i // GROUP),
-            "pool_source": 8 * rows,
-            "pool_weight": 4 * rows,
-        }
-        offsets, end = {}, 0
-        for name, size in sizes.items():
-            offsets[name], end = end, aligned(end + size)
-        return offsets, end

@@ -7,7 +7,7 @@ nanoseconds here, and every padding row is multiplied.
 from __future__ import annotations
 
 from megaproof.kernel import emulator
-from megaproof.kernel.host.sizes import Problem
+from megaproof.kernel.host.buffer import BufferSize
 from megaproof.proof.adapters.megaproof import MegaproofAdapter
 from megaproof.toolchain.build import EnvironmentMissing
 
@@ -28,10 +28,10 @@ class EmulatedAdapter(MegaproofAdapter):
         if emulator.compiler() is None:
             raise EnvironmentMissing("no C++ compiler is on PATH: the emulator needs g++ or clang++")
 
-    def _make_buffer(self, problem: Problem) -> emulator.Buffers:
-        if problem.hidden * problem.intermediate * problem.experts > MOST_PRODUCTS:
+    def _make_buffer(self, size: BufferSize) -> emulator.Buffers:
+        if size.hidden * size.intermediate * size.experts > MOST_PRODUCTS:
             raise EnvironmentMissing("this layer is too large to be emulated in reasonable time: smoke shapes are not")
-        return emulator.buffers(problem)
+        return emulator.buffers(size)
 
     def launch(self) -> None:
         """Raises EmulationError for a deadlock, collectives that do not match, or a role that gave up."""

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from megaproof.kernel import api
-from megaproof.kernel.host.sizes import BLOCK_M, Problem, check_recipe
+from megaproof.kernel.host.buffer import BufferSize
+from megaproof.kernel.host.sizes import BLOCK_M, check_recipe
 from megaproof.proof.adapters import Prepared
 from megaproof.quant.recipe import Recipe, RecipeError
 from megaproof.reference.dispatch import routes
@@ -49,9 +50,9 @@ class MegaproofAdapter:
         shape, capacity = case.shape, max(1, *case.tokens)
         local = shape.experts_per_rank(case.ranks)
         sizes = (case.ranks, shape.experts, shape.topk, shape.hidden, shape.intermediate)
-        if self.buffer is None or self._sizes != sizes or self.buffer.problem.capacity < capacity:
+        if self.buffer is None or self._sizes != sizes or self.buffer.size.capacity < capacity:
             layer = (case.ranks, shape.experts, shape.topk, shape.hidden, shape.intermediate, capacity)
-            self.buffer = self._make_buffer(Problem(*layer, self.ring_blocks or Problem(*layer).pool_blocks))
+            self.buffer = self._make_buffer(BufferSize(*layer, self.ring_blocks or BufferSize(*layer).pool_blocks))
             self._weights_of = self._weights_of if self._sizes == sizes else None
             self._sizes = sizes
         if self._weights_of is not made.weights:
@@ -73,7 +74,7 @@ class MegaproofAdapter:
         """y, the slots and the pool: everything that a launch has to write before it is read."""
         for y in self.outputs:
             y.view(torch.uint8).fill_(byte)
-        for rank in range(self._buffer.problem.ranks):
+        for rank in range(self._buffer.size.ranks):
             views = self._buffer.rank(rank)
             for name in (*POOL_STAGES[::2], "slots"):
                 getattr(views, name).view(torch.uint8).fill_(byte)
@@ -93,7 +94,7 @@ class MegaproofAdapter:
         """
         case, where = self._prepared.case, routes(self._prepared.inputs.topk_idx)
         local = case.shape.experts_per_rank(case.ranks)
-        ring_rows, whole = self._buffer.problem.ring_rows, True
+        ring_rows, whole = self._buffer.size.ring_rows, True
         scales = case.shape.intermediate // case.recipe.activation_granularity
         found: dict[str, list[Tensor]] = {name: [] for name in (*POOL_STAGES, "place")}
         for rank in range(case.ranks):
@@ -101,7 +102,7 @@ class MegaproofAdapter:
             received = where.expert[where.expert // local == rank] - rank * local
             rows, expert = pool_rows(torch.bincount(received, minlength=local), BLOCK_M)
             source, slot_row = views.pool_source[rows].long().unbind(1)
-            capacity, topk = self._buffer.problem.capacity, case.shape.topk
+            capacity, topk = self._buffer.size.capacity, case.shape.topk
             entry = slot_row % capacity * topk + slot_row // capacity
             found["place"].append(torch.stack([source, entry, expert + rank * local], dim=1))
             whole &= not len(rows) or int(rows[-1]) < ring_rows
@@ -136,9 +137,9 @@ class MegaproofAdapter:
     def _require(self) -> None:
         api.require_device()
 
-    def _make_buffer(self, problem: Problem) -> Any:
-        sizes = (problem.experts, problem.capacity, problem.topk, problem.hidden, problem.intermediate)
-        return api.get_symm_buffer_for_mega_moe(api.VirtualGroup(problem.ranks), *sizes, ring_blocks=problem.ring)
+    def _make_buffer(self, size: BufferSize) -> Any:
+        sizes = (size.experts, size.capacity, size.topk, size.hidden, size.intermediate)
+        return api.get_symm_buffer_for_mega_moe(api.VirtualGroup(size.ranks), *sizes, ring_blocks=size.ring)
 
     @staticmethod
     def _rank_weights(prepared: Prepared, rank: int, local: int) -> tuple:

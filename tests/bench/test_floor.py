@@ -10,7 +10,7 @@ from megaproof.bench import __main__ as cli
 from megaproof.bench.measure.points import PEERS
 from megaproof.bench.model import floor, roofline
 from megaproof.bench.model.roofline import CEILING_TFLOPS, CHIPS, READ_GB_S, Load
-from megaproof.kernel.host import sizes
+from megaproof.kernel.host.buffer import BufferSize
 from megaproof.quant.shapes import SHAPES
 from megaproof.reference import scheduler
 from megaproof.tests.support import command_line
@@ -112,7 +112,7 @@ def test_memory_is_that_of_the_buffer(preset: str) -> None:
     shape, found = SHAPES[preset], floor.memory(SHAPES[preset])
     dimensions = shape.experts, shape.topk, shape.hidden, shape.intermediate
     for ring, size in ((None, "bytes"), (1 << 30, "whole_pool_bytes")):
-        assert found[size] == sizes.Problem(8, *dimensions, capacity=8192, ring=ring).offsets()[1]
+        assert found[size] == BufferSize(8, *dimensions, capacity=8192, ring=ring).offsets()[1]
     assert found["whole_pool_bytes"] >= 3 * found["bytes"]
     status, output = invoke("--preset", preset, "--json", "-")
     assert (status, json.loads(output)["memory"]) == (0, [found])

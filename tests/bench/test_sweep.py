@@ -21,8 +21,8 @@ from megaproof.bench.measure.points import Options
 from megaproof.bench.measure.timer import Call
 from megaproof.bench.model.roofline import RANKS, Load
 from megaproof.kernel import api
-from megaproof.kernel.host.buffer import SymmBuffer
-from megaproof.kernel.host.sizes import Problem
+from megaproof.kernel.host.buffer import BufferSize
+from megaproof.kernel.host.symm_buffer import SymmBuffer
 from megaproof.kernel.programs import dense, stream
 from megaproof.quant.recipe import Recipe
 from megaproof.quant.shapes import Shape
@@ -72,10 +72,10 @@ def log(monkeypatch: pytest.MonkeyPatch) -> Iterator[Log]:
     generator = torch.Generator
 
     def symm_buffer(group: None, experts: int, capacity: int, *sizes: int) -> SymmBuffer:
-        return SymmBuffer(group, Problem(1, experts, *sizes, capacity), torch.device("cpu"))
+        return SymmBuffer(group, BufferSize(1, experts, *sizes, capacity), torch.device("cpu"))
 
     def fused(y: Tensor, l1: Any, l2: Any, buffer: SymmBuffer, stats: Tensor, **options: Any) -> None:
-        seen.append(("fused", y.shape[0], buffer.problem.capacity, options))
+        seen.append(("fused", y.shape[0], buffer.size.capacity, options))
 
     def gemm(a: Tensor, a_sf: Tensor, b: Tensor, b_sf: Tensor, group: int, out: Tensor) -> None:
         (m, k), n = a.shape, b.shape[0]

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from megaproof.kernel import api
-from megaproof.kernel.host import buffer, checks, sizes
-from megaproof.kernel.host.sizes import ConfigError, Problem
+from megaproof.kernel.host import checks, sizes, timeout
+from megaproof.kernel.host.buffer import BufferSize
+from megaproof.kernel.host.sizes import ConfigError
 from megaproof.quant.recipe import RECIPES, Recipe, RecipeError
 from megaproof.tests.support.fake_call import BF16, CAPACITY, EXPERTS, FP8, HIDDEN, SMS, FakeLibrary, call, installed
 from megaproof.toolchain import build
@@ -153,10 +154,10 @@ def test_who_waited_in_vain_is_said() -> None:
     """`Status` of params.cuh: flag, rank, block, counter, expected, seen."""
     enum = re.search(r"enum Counter : u32 \{([^}]*)\}", (build.FOLDER / "barrier.cuh").read_text())
     assert enum is not None
-    assert {int(value) for value in re.findall(r"= (\d+)", enum[1])} == {*buffer.WAITS}
+    assert {int(value) for value in re.findall(r"= (\d+)", enum[1])} == {*timeout.WAITS}
     said = "rank 2, block 3, scout or dispatch waited for L1 turns of a pool block: expected 128, saw 5"
-    assert buffer.waited(torch.tensor([1, 2, 3, 4, 128, 5])) == said
-    assert buffer.waited(torch.tensor([0, 2, 3, 4, 128, 5])) is None
+    assert timeout.waited(torch.tensor([1, 2, 3, 4, 128, 5])) == said
+    assert timeout.waited(torch.tensor([0, 2, 3, 4, 128, 5])) is None
 
 
 def test_meta_tensors_are_judged_too() -> None:
@@ -240,9 +241,9 @@ def test_virtual_groups_have_one_to_eight_ranks(size: Any) -> None:
 class OnCpu(api.SymmBuffer):
     """A buffer that asks for no GPU memory."""
 
-    def __init__(self, group: Any, problem: Problem, device: torch.device) -> None:
+    def __init__(self, group: Any, size: BufferSize, device: torch.device) -> None:
         assert device == torch.device("cuda", 0)
-        super().__init__(group, problem, torch.device("cpu"))
+        super().__init__(group, size, torch.device("cpu"))
 
 
 SIZES = {"num_experts": 4, "num_max_tokens_per_rank": 8, "num_topk": 2, "hidden": 256, "intermediate_hidden": 128}

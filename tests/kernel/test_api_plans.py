@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megaproof.kernel import api
-from megaproof.kernel.host import checks, sizes
+from megaproof.kernel.host import checks, plans, sizes
 from megaproof.kernel.host.sizes import ConfigError
 from megaproof.quant.recipe import Recipe
 from megaproof.tests.support.fake_call import BF16, CAPACITY, HIDDEN, INTER, SMS, FakeLibrary, call, installed, weights
@@ -52,7 +52,7 @@ def test_params_hold_what_was_passed(library: FakeLibrary) -> None:
     for rank in range(2):
         own, views = params.rank[rank], good["sym_buffer"].rank(rank)
         (w1, w1_sf), (w2, w2_sf) = good["l1_weights"][rank], good["l2_weights"][rank]
-        rows = good["sym_buffer"].problem.ring_rows
+        rows = good["sym_buffer"].size.ring_rows
         assert list(own.l1_acts.opaque[:4]) == [views.l1_acts.data_ptr(), rows, HIDDEN, sizes.BOX_ROWS]
         assert list(own.l2_acts.opaque[:4]) == [views.l2_acts.data_ptr(), rows, INTER, sizes.BOX_ROWS]
         pointers = own.w1, own.w2, own.w1_sf, own.w2_sf
@@ -60,13 +60,13 @@ def test_params_hold_what_was_passed(library: FakeLibrary) -> None:
         assert (own.y, own.tokens) == (good["y"][rank].data_ptr(), 3 + rank)
         assert own.stats == good["cumulative_local_expert_recv_stats"][rank].data_ptr()
         assert params.buffer[rank] == views.storage.data_ptr()
-    problem = good["sym_buffer"].problem
-    assert (params.shape.pool_blocks, params.shape.ring_blocks) == (problem.pool_blocks, problem.ring_blocks)
-    assert params.shape.ring_rows == problem.ring_rows
+    size = good["sym_buffer"].size
+    assert (params.shape.pool_blocks, params.shape.ring_blocks) == (size.pool_blocks, size.ring_blocks)
+    assert params.shape.ring_rows == size.ring_rows
 
 
 def test_other_weights_and_recipes_have_their_own_plan(library: FakeLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api, "MAX_PLANS", 3)
+    monkeypatch.setattr(plans, "MAX_PLANS", 3)
     good, (l1, l2) = call(), weights()
     for options in ({}, {"l1_weights": l1}, {"l2_weights": l2}, {}, {"fast_math": False}, {}):
         api.fp8_mega_moe(**good | options)
@@ -135,7 +135,7 @@ def test_what_was_judged_is_not_judged_again(
 
 def test_outputs_that_come_again_are_not_judged_again(library: FakeLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several y in turn, as an allocator gives them; the ones that were judged longest ago are forgotten."""
-    monkeypatch.setattr(api, "MAX_OUTPUTS", 3)
+    monkeypatch.setattr(plans, "MAX_OUTPUTS", 3)
     good, made = call(), judged(monkeypatch)
     ys = [torch.zeros(3, HIDDEN, dtype=BF16) for _ in range(4)]
     for step in (0, 1, 2, 1, 0, 0, 2):
@@ -146,7 +146,7 @@ def test_outputs_that_come_again_are_not_judged_again(library: FakeLibrary, monk
         api.fp8_mega_moe(**good | {"y": ys[step]})
     assert made.count("check_outputs") == 5
     (plan,) = good["sym_buffer"].plans.values()
-    assert len(plan.judged) == 3
+    assert len(plan.outputs) == 3
     narrow = ys[0].view(torch.int16)
     with pytest.raises(ConfigError, match=r"y is torch.int16 \[3, 256\]"):
         api.fp8_mega_moe(**good | {"y": narrow})

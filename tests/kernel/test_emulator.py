@@ -179,7 +179,7 @@ def test_a_launch_after_a_failure_computes_nothing(case: Case) -> None:
     adapter.prepare(problem)
     adapter.fill(0xFF)
     adapter._buffer.status[0] = 1
-    first, end = (adapter._buffer.problem.offsets()[0][name] for name in ("recv_count", "l1_acts"))
+    first, end = (adapter._buffer.size.offsets()[0][name] for name in ("recv_count", "l1_acts"))
     counters = adapter._buffer.storage[:, first:end]
     before = counters.clone()
     for _ in range(2):

@@ -22,9 +22,9 @@ from megaproof.cases.cases import Case
 from megaproof.cases.inputs import Inputs
 from megaproof.cases.inputs.draws import MASK, TOPK, stream
 from megaproof.cases.pairwise import Row, met, possible_pairs, table
-from megaproof.kernel import api, emulator
-from megaproof.kernel.host.buffer import RankViews
-from megaproof.kernel.host.params import SHAPE_FIELDS
+from megaproof.kernel import emulator
+from megaproof.kernel.host.buffer import BufferSize, RankViews
+from megaproof.kernel.host.params import SHAPE_FIELDS, KernelShape, Layout
 from megaproof.kernel.host.sizes import (
     BLOCK_M,
     BLOCK_N,
@@ -33,7 +33,6 @@ from megaproof.kernel.host.sizes import (
     GROUP_BLOCKS,
     MAX_EXPERTS,
     MAX_RANKS,
-    Problem,
 )
 from megaproof.proof.adapters import Adapter, Prepared
 from megaproof.proof.adapters.megaproof import MegaproofAdapter
@@ -174,9 +173,9 @@ def work(case: Case) -> int:
     return sum(case.tokens) * case.shape.topk * case.shape.hidden * case.shape.intermediate
 
 
-def problem(case: Case, spare: int) -> Problem:
+def size_of(case: Case, spare: int) -> BufferSize:
     shape, capacity = case.shape, max(1, max(case.tokens) + spare)
-    return Problem(case.ranks, shape.experts, shape.topk, shape.hidden, shape.intermediate, capacity)
+    return BufferSize(case.ranks, shape.experts, shape.topk, shape.hidden, shape.intermediate, capacity)
 
 
 def padded_work(case: Case, spare: int) -> int:
@@ -189,7 +188,7 @@ def padded_work(case: Case, spare: int) -> int:
 MOST_EMULATED = 330_000_000
 """Multiplications that the emulator does within a second or two."""
 LEAST = 2 * GROUP_BLOCKS
-RECYCLED = [entry for entry in SWEEP if problem(*entry).pool_blocks > LEAST]
+RECYCLED = [entry for entry in SWEEP if size_of(*entry).pool_blocks > LEAST]
 """Where the smallest ring is smaller than the pool."""
 SMALL = sorted(SWEEP, key=lambda entry: work(entry[0]))[:8]
 EMULATED = [entry for entry in (*REPEATED, *SWEEP) if padded_work(*entry) < MOST_EMULATED]
@@ -225,7 +224,7 @@ def adapter() -> Iterator[MegaproofAdapter]:
 def test_every_legal_shape_is_computed(case: Case, spare: int, adapter: MegaproofAdapter) -> None:
     print(f"{case.id}: {prove_with_spare(adapter, case, spare, 'cuda')}")
     assert adapter.buffer is not None
-    assert adapter.buffer.problem.capacity == max(1, max(case.tokens) + spare)
+    assert adapter.buffer.size.capacity == max(1, max(case.tokens) + spare)
 
 
 @pytest.mark.gpu
@@ -234,7 +233,7 @@ def test_every_legal_shape_is_computed_in_the_smallest_ring(case: Case, spare: i
     adapter = GuardedAdapter(ring_blocks=LEAST)
     print(f"{case.id}: {prove_with_spare(adapter, case, spare, 'cuda')}")
     assert adapter.buffer is not None
-    assert adapter.buffer.problem.ring_blocks == LEAST
+    assert adapter.buffer.size.ring_blocks == LEAST
     adapter.close()
 
 
@@ -243,7 +242,7 @@ def test_every_legal_shape_is_computed_in_the_smallest_ring(case: Case, spare: i
 def test_the_emulated_kernel_passes_the_same_proof(case: Case, spare: int) -> None:
     adapter = GuardedEmulatedAdapter()
     print(f"{case.id}: {prove_with_spare(adapter, case, spare, 'cpu')}")
-    assert adapter.buffer.problem.capacity == max(1, max(case.tokens) + spare)
+    assert adapter.buffer.size.capacity == max(1, max(case.tokens) + spare)
 
 
 @pytest.mark.parametrize("case, spare", (*SMALL, *REPEATED), ids=sweep_id)
@@ -255,13 +254,13 @@ def test_the_sweep_is_what_it_says() -> None:
     cases, ids = [case for case, _ in SWEEP], {(case.id, spare) for case, spare in SWEEP}
     assert len(ids) == len(SWEEP) <= 72
     assert set().union(*(met(row, AXES) for row in ROWS)) >= set(possible_pairs(AXES, allowed))
-    problems = [problem(*entry) for entry in SWEEP]
-    half_wide = sum(one.hidden % BLOCK_N == BLOCK_N // 2 for one in problems)
+    sizes = [size_of(*entry) for entry in SWEEP]
+    half_wide = sum(one.hidden % BLOCK_N == BLOCK_N // 2 for one in sizes)
     assert half_wide >= 5, "the last tile column of GEMM 2"
     assert len(SWEEP) - half_wide >= 5
     assert len(RECYCLED) >= 5
-    assert {one.experts_local for one in problems} >= {1, 2, 33, MAX_EXPERTS}
-    assert {one.topk for one in problems} >= {1, 31, 32}
+    assert {one.experts_local for one in sizes} >= {1, 2, 33, MAX_EXPERTS}
+    assert {one.topk for one in sizes} >= {1, 31, 32}
     assert max(map(work, cases)) < 4e9
     per_128 = [case for case in cases if case.recipe.activation_granularity == 128]
     assert 20 <= len(per_128) <= len(cases) - 20
@@ -273,7 +272,7 @@ def test_experts_repeat_where_they_should() -> None:
     assert {entry for entry in REPEATED if entry in EMULATED} == set(REPEATED), "all are proven without a GPU too"
     more = 0
     for case, spare in REPEATED:
-        assert problem(case, spare).topk == case.shape.topk
+        assert size_of(case, spare).topk == case.shape.topk
         more += case.shape.topk > case.shape.experts
         topk_idx = torch.cat(made(case, "cpu").topk_idx)
         repeats = [len(row) - len(set(row)) for row in ([e for e in row if e >= 0] for row in topk_idx.tolist())]
@@ -305,10 +304,10 @@ def test_whatever_is_accepted_has_room(
     experts = ranks * min(local, MAX_EXPERTS // ranks)
     most = (1 << 32) - 1 - 127 * (experts // ranks)
     capacity = min(capacity, ((1 << 31) - 1) // topk, most // (ranks * topk))
-    problem = Problem(ranks, experts, topk, 128 * hidden, 128 * intermediate, capacity)
-    offsets, total = problem.offsets()
+    size = BufferSize(ranks, experts, topk, 128 * hidden, 128 * intermediate, capacity)
+    offsets, total = size.offsets()
     assert total < 1 << 63
-    views = RankViews(problem, torch.empty(total, dtype=torch.uint8, device="meta"))
+    views = RankViews(size, torch.empty(total, dtype=torch.uint8, device="meta"))
     ends = dict(zip(offsets, [*list(offsets.values())[1:], total], strict=True))
     for name in vars(views).keys() & offsets.keys():
         view = getattr(views, name)
@@ -316,8 +315,8 @@ def test_whatever_is_accepted_has_room(
         assert start == offsets[name]
         assert start % 1024 == 0
         assert start + view.nbytes <= ends[name]
-    layout, shape = api.Layout(**offsets), {name: getattr(problem, name) for name in SHAPE_FIELDS}
+    layout, shape = Layout(**offsets), {name: getattr(size, name) for name in SHAPE_FIELDS}
     assert all(getattr(layout, name) == offset for name, offset in offsets.items())
-    held = api.KernelShape(**shape)
-    assert all(getattr(held, name) == size for name, size in shape.items())
-    assert problem.pool_rows < 1 << 32
+    held = KernelShape(**shape)
+    assert all(getattr(held, name) == number for name, number in shape.items())
+    assert size.pool_rows < 1 << 32

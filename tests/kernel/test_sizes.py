@@ -8,8 +8,9 @@ import re
 import pytest
 from hypothesis import given
 
-from megaproof.kernel import api
 from megaproof.kernel.host import sizes
+from megaproof.kernel.host.buffer import BufferSize
+from megaproof.kernel.host.params import Params, RankParams
 from megaproof.kernel.host.sizes import (
     GROUP_BLOCKS,
     MAX_EXPERTS,
@@ -17,10 +18,9 @@ from megaproof.kernel.host.sizes import (
     RING_BLOCKS,
     SHARED_LIMIT,
     ConfigError,
-    Problem,
 )
 from megaproof.quant.recipe import RECIPES, Recipe, RecipeError
-from megaproof.tests.support.sizes import PROBLEMS
+from megaproof.tests.support.sizes import SIZES
 from megaproof.toolchain.build import FOLDER
 
 GOOD = {"ranks": 8, "experts": 256, "topk": 6, "hidden": 4096, "intermediate": 2048, "capacity": 64}
@@ -74,12 +74,12 @@ def test_recipes() -> None:
 
 
 def test_params_fit_the_argument_space() -> None:
-    assert ctypes.sizeof(api.Params) == 2816
-    assert ctypes.sizeof(api.RankParams) == 320
+    assert ctypes.sizeof(Params) == 2816
+    assert ctypes.sizeof(RankParams) == 320
 
 
-@given(PROBLEMS)
-def test_fields_do_not_overlap(problem: Problem) -> None:
+@given(SIZES)
+def test_fields_do_not_overlap(problem: BufferSize) -> None:
     offsets, total = problem.offsets()
     local, slots = problem.experts_local, problem.ranks * problem.capacity * problem.topk
     rows = problem.pool_rows
@@ -118,12 +118,12 @@ def test_fields_do_not_overlap(problem: Problem) -> None:
     ids=str,
 )
 def test_illegal_sizes_are_refused_by_name(name: str, value: int, rule: str) -> None:
-    Problem(**GOOD)
+    BufferSize(**GOOD)
     with pytest.raises(ConfigError, match=rule):
-        Problem(**{**GOOD, name: value})
+        BufferSize(**{**GOOD, name: value})
 
 
 def test_a_ring_for_all_blocks_is_never_too_small() -> None:
-    few = Problem(**GOOD | {"experts": 8, "capacity": 1, "ring": 1})
+    few = BufferSize(**GOOD | {"experts": 8, "capacity": 1, "ring": 1})
     assert (few.pool_blocks, few.ring_blocks) == (1, 1)
-    assert Problem(**GOOD | {"ring": 10**6}).ring_blocks == Problem(**GOOD).pool_blocks
+    assert BufferSize(**GOOD | {"ring": 10**6}).ring_blocks == BufferSize(**GOOD).pool_blocks

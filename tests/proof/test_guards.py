@@ -13,8 +13,8 @@ from hypothesis import given
 
 from megaproof.cases.cases import Case
 from megaproof.kernel import emulator
-from megaproof.kernel.host.buffer import RankViews
-from megaproof.kernel.host.sizes import ALIGNMENT, GRANULARITIES, Problem
+from megaproof.kernel.host.buffer import BufferSize, RankViews
+from megaproof.kernel.host.sizes import ALIGNMENT, GRANULARITIES
 from megaproof.proof.guards import (
     COUNTS,
     GUARD,
@@ -30,7 +30,7 @@ from megaproof.quant.recipe import Recipe
 from megaproof.quant.shapes import Shape
 from megaproof.tests.kernel.test_emulator import replaced
 from megaproof.tests.support.problems import prepared
-from megaproof.tests.support.sizes import PROBLEMS
+from megaproof.tests.support.sizes import SIZES
 
 emulated = pytest.mark.skipif(emulator.compiler() is None, reason="no C++ compiler is on PATH (g++ or clang++)")
 WHOLE = {"l1_acts", "l2_acts", "l2_acts_sf", "pool_source"}
@@ -46,28 +46,28 @@ def narrow(experts: int, tokens: tuple[int, ...], topk: int = 2, **axes: object)
 # --- where they lie ---------------------------------------------------------------------------------------------------
 
 
-@given(PROBLEMS)
-def test_every_byte_belongs_to_a_field_or_to_a_gap(problem: Problem) -> None:
-    offsets, total = problem.offsets()
-    assert list(gaps(problem)) == list(offsets)
+@given(SIZES)
+def test_every_byte_belongs_to_a_field_or_to_a_gap(size: BufferSize) -> None:
+    offsets, total = size.offsets()
+    assert list(gaps(size)) == list(offsets)
     end = 0
-    for name, gap in gaps(problem).items():
+    for name, gap in gaps(size).items():
         assert offsets[name] == end
-        assert gap.start == end + sizes(problem)[name]
+        assert gap.start == end + sizes(size)[name]
         assert 0 <= len(gap) < ALIGNMENT
         end = gap.stop
     assert end == total
-    assert not any(len(gaps(problem)[name]) for name in WHOLE)
+    assert not any(len(gaps(size)[name]) for name in WHOLE)
 
 
 def test_a_gap_is_behind_what_the_views_show() -> None:
-    problem = Problem(2, 6, 3, 128, 384, 33)
-    storage = torch.zeros(problem.offsets()[1], dtype=torch.uint8)
-    for gap in gaps(problem).values():
+    size = BufferSize(2, 6, 3, 128, 384, 33)
+    storage = torch.zeros(size.offsets()[1], dtype=torch.uint8)
+    for gap in gaps(size).values():
         storage[gap.start : gap.stop] = GUARD
-    views = RankViews(problem, storage)
+    views = RankViews(size, storage)
     shown = [view for name, view in vars(views).items() if name != "storage"]
-    assert len(shown) == 10
+    assert len(shown) == len(size.offsets()[0])
     assert not any(bool(view.float().any()) for view in shown)
 
 
@@ -86,9 +86,9 @@ def test_a_proof_leaves_every_guard(tokens: tuple[int, ...], experts: int, granu
     adapter = GuardedEmulatedAdapter()
     problem = prepared(narrow(experts, tokens, granularity=granularity, masked=30), "cpu")
     print(prove(adapter, *problem))
-    guarded = {name for name, gap in gaps(adapter.buffer.problem).items() if len(gap)}
-    assert guarded == set(sizes(adapter.buffer.problem)) - WHOLE
-    assert len(adapter.between) == sum(map(len, gaps(adapter.buffer.problem).values()))
+    guarded = {name for name, gap in gaps(adapter.buffer.size).items() if len(gap)}
+    assert guarded == set(sizes(adapter.buffer.size)) - WHOLE
+    assert len(adapter.between) == sum(map(len, gaps(adapter.buffer.size).values()))
 
 
 @emulated

@@ -8,11 +8,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megaproof.kernel import api
-from megaproof.kernel.host.sizes import GROUP_BLOCKS, Problem
+from megaproof.kernel.host import params
+from megaproof.kernel.host.buffer import BufferSize, RankViews
+from megaproof.kernel.host.sizes import GROUP_BLOCKS
 from megaproof.reference import layout
 from megaproof.tests.support.runs import ROOT
-from megaproof.tests.support.sizes import PROBLEMS
+from megaproof.tests.support.sizes import SIZES
 
 COUNTS = st.integers(1, 4).flatmap(
     lambda experts: st.lists(
@@ -54,7 +55,7 @@ def test_sources_share_the_rows_of_an_expert(counts: list[list[int]]) -> None:
 @given(COUNTS, st.integers(1, 8))
 def test_the_pool_has_room_for_whatever_comes(counts: list[list[int]], topk: int) -> None:
     capacity = max(1, -(-max(map(sum, counts)) // topk))
-    problem = Problem(len(counts), len(counts) * len(counts[0]), topk, 128, 128, capacity)
+    problem = BufferSize(len(counts), len(counts) * len(counts[0]), topk, 128, 128, capacity)
     row, _ = layout.pool_rows(torch.tensor(counts).sum(0))
     assert max(row.tolist(), default=0) // 128 * 128 + 128 <= problem.pool_rows, "padding rows of the last block too"
 
@@ -94,37 +95,40 @@ def test_indices_take_tensors() -> None:
 
 # --- the symmetric buffer ---------------------------------------------------------------------------------------------
 
-PROBLEM = Problem(ranks=4, experts=12, topk=3, hidden=512, intermediate=256, capacity=2000)
+SIZE = BufferSize(ranks=4, experts=12, topk=3, hidden=512, intermediate=256, capacity=2000)
 
 
-def fields(problem: Problem) -> dict[str, layout.Field]:
-    sizes = {name: size for name, size in vars(problem).items() if name != "ring"}
-    return layout.fields(**sizes, pool_blocks=problem.pool_blocks, ring_blocks=problem.ring_blocks)
+def fields(size: BufferSize) -> dict[str, layout.Field]:
+    numbers = {name: number for name, number in vars(size).items() if name != "ring"}
+    return layout.fields(**numbers, pool_blocks=size.pool_blocks, ring_blocks=size.ring_blocks)
 
 
 def test_fields_are_those_of_the_kernel_in_order() -> None:
     struct = re.search(r"struct Layout \{(.*?)\};", (ROOT / "kernel/params.cuh").read_text(encoding="utf-8"), re.DOTALL)
     assert struct
     names = [name for line in re.findall(r"u64 ([\w, ]+);", struct[1]) for name in line.split(", ")]
-    assert list(fields(PROBLEM)) == names
-    assert list(fields(PROBLEM)) == list(PROBLEM.offsets()[0]) == [name for name, _ in api.Layout._fields_]
+    assert list(fields(SIZE)) == names
+    assert list(fields(SIZE)) == list(SIZE.offsets()[0]) == [name for name, _ in params.Layout._fields_]
 
 
-@given(PROBLEMS)
-def test_fields_have_exactly_their_room(problem: Problem) -> None:
-    offsets, total = problem.offsets()
+@given(SIZES)
+def test_fields_have_exactly_their_room(size: BufferSize) -> None:
+    offsets, total = size.offsets()
     ends = [*list(offsets.values())[1:], total]
-    for (name, (dtype, shape)), start, end in zip(fields(problem).items(), offsets.values(), ends, strict=True):
-        size = dtype.itemsize * torch.Size(shape).numel()
-        assert start + size <= end, name
-        assert end < start + size + 1024 or name == "workspace", f"{name} is larger than its shape"
+    for (name, (dtype, shape)), start, end in zip(fields(size).items(), offsets.values(), ends, strict=True):
+        taken = dtype.itemsize * torch.Size(shape).numel()
+        assert start + taken <= end, name
+        assert end < start + taken + 1024 or name == "workspace", f"{name} is larger than its shape"
 
 
 def test_views_have_the_dtypes_and_shapes() -> None:
-    views = api.RankViews(PROBLEM, torch.zeros(PROBLEM.offsets()[1], dtype=torch.uint8))
-    assert PROBLEM.ring_rows < PROBLEM.pool_rows
-    for name, (dtype, shape) in fields(PROBLEM).items():
-        if (view := getattr(views, name, None)) is not None:
-            view = view.t() if name in ("l1_acts_sf", "l2_acts_sf") else view  # shown by row, stored by column
-            assert (view.dtype, tuple(view.shape), view.is_contiguous()) == (dtype, shape, True), name
-            assert view.data_ptr() - views.storage.data_ptr() == PROBLEM.offsets()[0][name], name
+    views = RankViews(SIZE, torch.zeros(SIZE.offsets()[1], dtype=torch.uint8))
+    assert SIZE.ring_rows < SIZE.pool_rows
+    assert list(vars(views)) == ["storage", *fields(SIZE)]
+    for name, (dtype, shape) in fields(SIZE).items():
+        view = getattr(views, name)
+        assert view.data_ptr() - views.storage.data_ptr() == SIZE.offsets()[0][name], name
+        view = view.t() if name in ("l1_acts_sf", "l2_acts_sf") else view  # shown by row, stored by column
+        if name == "workspace":  # of which the reference knows the end alone
+            view = view[-torch.Size(shape).numel() :].view(shape)
+        assert (view.dtype, tuple(view.shape), view.is_contiguous()) == (dtype, shape, True), name

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from megaproof.kernel import api
-from megaproof.kernel.host.sizes import Problem
+from megaproof.kernel.host import plans
+from megaproof.kernel.host.buffer import BufferSize
+from megaproof.kernel.host.params import Params
 from megaproof.toolchain.launch import Device, TensorMap
 
 HIDDEN, INTER, EXPERTS, TOPK, CAPACITY, SMS = 256, 128, 4, 2, 8, 130
@@ -28,8 +30,8 @@ def call(ranks: int | None = None, device: str = "cpu") -> dict[str, Any]:
     """The arguments of a legal call: of one rank, or of a virtual group."""
     group = None if ranks is None else api.VirtualGroup(ranks)
     count = ranks or 1
-    problem = Problem(count, EXPERTS, TOPK, HIDDEN, INTER, CAPACITY)
-    buffer = api.SymmBuffer(group, problem, torch.device(device))
+    size = BufferSize(count, EXPERTS, TOPK, HIDDEN, INTER, CAPACITY)
+    buffer = api.SymmBuffer(group, size, torch.device(device))
     ys = [torch.zeros(3 + rank, HIDDEN, dtype=BF16, device=device) for rank in range(count)]
     l1s, l2s = map(list, zip(*[weights(count, device) for _ in range(count)], strict=True))
     stats = [torch.zeros(EXPERTS // count, dtype=torch.int32, device=device) for _ in range(count)]
@@ -55,7 +57,7 @@ class FakeLibrary:
     def kernel(self, name: str) -> Callable[..., None]:
         def launch(params: Any, *sizes: int, cooperative: bool, device: int) -> None:
             assert (cooperative, device) == (True, 0)
-            self.launches.append((name, api.Params.from_buffer_copy(params), sizes))
+            self.launches.append((name, Params.from_buffer_copy(params), sizes))
 
         return launch
 
@@ -65,10 +67,11 @@ class FakeLibrary:
 
 
 def installed(monkeypatch: pytest.MonkeyPatch) -> FakeLibrary:
-    """A library in the place of `api`'s, on a device that is made up."""
+    """A library in the place of the kernel's, on a device that is made up."""
     fake = FakeLibrary()
     monkeypatch.setattr(api, "_library", fake.of)
-    monkeypatch.setattr(api, "tensor_map", fake.map)
-    monkeypatch.setattr(api, "require_device", lambda index=None: Device(0, "NVIDIA H200", "H200", SMS, "580"))
+    monkeypatch.setattr(plans, "tensor_map", fake.map)
+    for module in (api, plans):
+        monkeypatch.setattr(module, "require_device", lambda index=None: Device(0, "NVIDIA H200", "H200", SMS, "580"))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     return fake

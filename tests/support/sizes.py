@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from megaproof.kernel.host.sizes import GROUP_BLOCKS, MAX_RANKS, Problem
+from megaproof.kernel.host.buffer import BufferSize
+from megaproof.kernel.host.sizes import GROUP_BLOCKS, MAX_RANKS
 
 
-def _problem(ranks: int, local: int, topk: int, units: tuple[int, int], capacity: int, ring: int | None) -> Problem:
+def _problem(ranks: int, local: int, topk: int, units: tuple[int, int], capacity: int, ring: int | None) -> BufferSize:
     hidden, intermediate = (128 * n for n in units)
-    return Problem(ranks, ranks * local, topk, hidden, intermediate, capacity, ring)
+    return BufferSize(ranks, ranks * local, topk, hidden, intermediate, capacity, ring)
 
 
-PROBLEMS = st.builds(
+SIZES = st.builds(
     _problem,
     ranks=st.integers(1, MAX_RANKS),
     local=st.integers(1, 64),

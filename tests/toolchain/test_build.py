@@ -15,6 +15,7 @@ import pytest
 
 from megaproof.kernel import api
 from megaproof.kernel.__main__ import TARGETS
+from megaproof.kernel.host.params import Params
 from megaproof.kernel.host.sizes import shared_bytes
 from megaproof.kernel.programs import probe
 from megaproof.toolchain import build, launch
@@ -217,7 +218,7 @@ def test_command_line() -> None:
 
 def test_another_size_of_shared_memory_does_not_compile() -> None:
     """The host's number is sizeof(SharedStorage), or there is no cubin."""
-    for macro, size in (("SHARED_BYTES", shared_bytes() + 128), ("PARAMS_BYTES", ctypes.sizeof(api.Params) - 8)):
+    for macro, size in (("SHARED_BYTES", shared_bytes() + 128), ("PARAMS_BYTES", ctypes.sizeof(Params) - 8)):
         with pytest.raises(build.BuildError, match="static assertion failed"):
             build.build(api.SOURCES, api.ENTRIES, defines=api.defines(64) | {macro: size}, cache=False)
 

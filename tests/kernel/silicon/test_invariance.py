@@ -22,7 +22,9 @@ from megaproof.cases.cases import Case
 from megaproof.cases.compare import same
 from megaproof.cases.inputs import Inputs
 from megaproof.kernel import api
-from megaproof.kernel.host.sizes import BLOCK_M, GRANULARITIES, GROUP_BLOCKS, RING_BLOCKS, Problem, aligned
+from megaproof.kernel.host import plans
+from megaproof.kernel.host.buffer import BufferSize
+from megaproof.kernel.host.sizes import BLOCK_M, GRANULARITIES, GROUP_BLOCKS, RING_BLOCKS, aligned
 from megaproof.proof import tally as compared
 from megaproof.proof.adapters import Prepared
 from megaproof.proof.adapters.megaproof import MegaproofAdapter
@@ -34,6 +36,7 @@ from megaproof.quant.shapes import SHAPES, Shape
 from megaproof.reference.layer import LayerResult, moe_layer
 from megaproof.tests.support import problems
 from megaproof.toolchain import build
+from megaproof.toolchain.launch import require_device
 
 CUDA = torch.device("cuda")
 SMOKE = SHAPES["smoke"]
@@ -184,7 +187,7 @@ def test_capacity_and_place_in_a_large_batch_change_nothing(
 ) -> None:
     """A buffer of exactly T; then the same tokens again and again until a large one is full; then T in that one."""
     case = case_of(shape, (TOKENS,), granularity)
-    sizes = Problem(1, shape.experts, shape.topk, shape.hidden, shape.intermediate, capacity)
+    sizes = BufferSize(1, shape.experts, shape.topk, shape.hidden, shape.intermediate, capacity)
     torch.cuda.empty_cache()
     needed = sizes.offsets()[1] + 8 * capacity * shape.hidden + MARGIN  # x and its choice, y three times over
     if needed > (free := torch.cuda.mem_get_info()[0]):
@@ -196,7 +199,7 @@ def test_capacity_and_place_in_a_large_batch_change_nothing(
     again = torch.arange(capacity, device=CUDA) % TOKENS
     (large,), (counts,) = run(adapter, case, chosen(made, [again]))
     assert adapter.buffer is not None
-    assert adapter.buffer.problem.capacity == capacity
+    assert adapter.buffer.size.capacity == capacity
     wrong = (large.view(torch.int16) != wanted.y[0].view(torch.int16)[again]).any(1)
     assert not wrong.any(), f"{int(wrong.sum())} of {capacity} rows differ, the first is {int(wrong.nonzero()[0])}"
     tally["y"] += large.numel()
@@ -204,7 +207,7 @@ def test_capacity_and_place_in_a_large_batch_change_nothing(
     del large, wrong
 
     (y,), (counts,) = run(adapter, case, made)
-    assert adapter.buffer.problem.capacity == capacity
+    assert adapter.buffer.size.capacity == capacity
     assert_same(tally, "y", wanted.y[0], y, f"with capacity {capacity}")
     assert_same(tally, "stats", wanted.stats[0], counts)
 
@@ -241,10 +244,10 @@ def test_the_number_of_sms_changes_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As on a chip of so many, 78: the H20's. On it depend how many blocks share out the tasks, and GEMM 2's tiles."""
-    chip = api.require_device()
+    chip = require_device()
     if chip.sms < sms:
         pytest.skip(f"needs {sms} SMs, this chip has {chip.sms}")
-    monkeypatch.setattr(api, "require_device", lambda index=None: replace(chip, sms=sms))
+    monkeypatch.setattr(plans, "require_device", lambda index=None: replace(chip, sms=sms))
     case = case_of(shape, sizes, granularity)
     made, wanted = problem(case)
     y, counts = run(adapter, case, made)
@@ -276,7 +279,7 @@ def test_the_memory_for_activations_changes_nothing(
         with closing(GuardedAdapter(ring_blocks)) as adapter:
             y, counts = run(adapter, case, made)
             assert adapter.buffer is not None
-            ring, pool = adapter.buffer.problem.ring_blocks, adapter.buffer.problem.pool_blocks
+            ring, pool = adapter.buffer.size.ring_blocks, adapter.buffer.size.pool_blocks
             assert ring == min(pool, ring_blocks or pool)
             assert_same(tally, "y", wanted.y, y, f"{ring_blocks} blocks")
             assert_same(tally, "stats", wanted.stats, counts)
@@ -388,7 +391,7 @@ def test_a_thousand_repeats_are_equal(
         assert adapter.buffer is not None
         adapter.buffer.check()
         adapter.assert_intact()
-        print(f"{case.id}, ring {adapter.buffer.problem.ring_blocks}: {rule_of_three(int(different), repeats)}")
+        print(f"{case.id}, ring {adapter.buffer.size.ring_blocks}: {rule_of_three(int(different), repeats)}")
         assert int(different) == 0
         tally["y"] += repeats * expected.numel()
         assert_same(tally, "stats", [repeats * counts for counts in wanted.stats], adapter.stats())

@@ -12,7 +12,7 @@ from megaproof.cases import inputs
 from megaproof.cases.cases import Case
 from megaproof.cases.compare import same
 from megaproof.kernel import api
-from megaproof.kernel.host import buffer
+from megaproof.kernel.host.timeout import WAITS
 from megaproof.proof.adapters import Prepared
 from megaproof.proof.adapters.megaproof import MegaproofAdapter
 from megaproof.proof.faults import delays
@@ -115,7 +115,7 @@ def test_who_waits_in_vain_gives_up_and_the_next_launch_is_right(
     assert message, f"{caught.value} names no rank, block, role, counter, expected and seen value"
     rank, _, role, counter, expected, seen = message.groups()
     assert int(rank) < case.ranks
-    assert (role, counter) in buffer.WAITS.values()
+    assert (role, counter) in WAITS.values()
     assert expected != seen
     if case.ranks == 1:
         # Every block begins with a tile of GEMM 1, and nearly every pool block has a row of the stuck block.
