@@ -1,14 +1,11 @@
-"""Comparing bit for bit, never within a tolerance: two tensors (`same`), all stages (`first_divergence`)."""
+"""Comparing two tensors bit for bit, never within a tolerance. For all stages of a layer: `proof/divergence/`."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from megaproof.proof.divergence import Comparison, Divergence, compare_stages, first_divergence
 from megaproof.quant.formats import BF16, E4M3
-
-__all__ = ["Comparison", "Differs", "Divergence", "bits", "compare_stages", "first_divergence", "same"]
 
 _INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _UNIT = {torch.uint8: "E4M3", torch.bfloat16: "BF16", torch.float32: "fp32", torch.int32: "int32"}

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from megaproof.cases.cases import Case
 from megaproof.quant.recipe import Recipe, RecipeError
-from megaproof.reference.layer import STAGES
+from megaproof.reference.stages import STAGES
 from megaproof.toolchain.files import replace
 
 FOLDER = Path(__file__).resolve().parent
@@ -196,9 +196,10 @@ def _where(name: str, golden: Golden, trace: Mapping[str, Tensor]) -> str:
     total = trace[name].shape[0]
     if not wrong:
         return f"another number of rows than the golden's (now {total})"
-    if name == "stats":
+    of_slots = STAGES[name].rows == "slot"
+    if STAGES[name].columns is None:  # one digest for the whole vector
         return "the statistics differ"
-    places = [f"token row {row}" if name == "y" else "(rank, token, slot) " + _triple(trace, row) for row in wrong[:3]]
+    places = ["(rank, token, slot) " + _triple(trace, row) if of_slots else f"token row {row}" for row in wrong[:3]]
     return f"{len(wrong)} of {total} rows differ, first {', '.join(places)}"
 
 

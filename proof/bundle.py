@@ -24,11 +24,11 @@ from megaproof import HOME
 from megaproof.cases.cases import Case
 from megaproof.golden.store import replace
 from megaproof.proof.divergence import Divergence
-from megaproof.proof.divergence.formats import STORED, unsigned
 from megaproof.quant import twin
 from megaproof.quant.recipe import Recipe, RecipeError
 from megaproof.quant.shapes import Shape
-from megaproof.reference.layer import STAGES
+from megaproof.quant.stored import unsigned
+from megaproof.reference.stages import STAGES
 
 FOLDER = HOME / "reports" / "bundles"
 LARGEST = 1 << 20
@@ -136,10 +136,11 @@ def _check(found: Bundle) -> None:
     """The coordinates and the bits are those of the rows."""
     if found.stage not in STAGES:
         raise BundleError(f"stage {found.stage!r} is none of {', '.join(STAGES)}")
-    column = 0 if found.stage == "stats" else found.place["column"]
+    stage = STAGES[found.stage]
+    column = 0 if stage.columns is None else found.place["column"]  # each entry of a vector is a row
     for side, bits in (("expected", found.expected_bits), ("actual", found.actual_bits)):
         row = found.rows[side]
-        if row.dtype != STORED[found.stage].dtype or int(unsigned(row)[column]) != bits:
+        if row.dtype != stage.format(found.case.recipe).dtype or int(unsigned(row)[column]) != bits:
             raise BundleError(f"the {side} row does not hold {bits:#x} in column {column}, as the JSON says")
 
 

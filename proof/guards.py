@@ -19,9 +19,10 @@ from megaproof.kernel.host.buffer import BufferSize, RankViews, names_of
 from megaproof.kernel.host.sizes import BLOCK_M, WORKSPACE_BYTES, aligned
 from megaproof.proof.adapters import Prepared
 from megaproof.proof.adapters.emulated import EmulatedAdapter
-from megaproof.proof.adapters.megaproof import POOL_STAGES, MegaproofAdapter
+from megaproof.proof.adapters.megaproof import MegaproofAdapter
 from megaproof.reference import layout
 from megaproof.reference.layer import LayerResult
+from megaproof.reference.stages import POOL_STAGES
 
 GUARD = 0xA5
 ROWS, COUNTS = 16, 64

@@ -23,10 +23,9 @@ from megaproof.proof import tally
 from megaproof.proof.adapters import Adapter, Prepared
 from megaproof.proof.divergence import Divergence, compare_stages
 from megaproof.proof.exact import Exact
-from megaproof.reference.layer import STAGES, LayerResult
+from megaproof.reference.layer import LayerResult
+from megaproof.reference.stages import SHOWN
 
-SHOWN = STAGES[:5]
-"""Stages that an adapter may show; y and statistics it must."""
 FILL = 0xFF
 """The byte that buffers are filled with where an adapter can do so: a NaN in every format, and none that the layer
 makes."""

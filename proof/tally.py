@@ -1,12 +1,10 @@
-"""What a test has compared a kernel in, by stage, until its report takes it along. Needs no torch."""
+"""What a test has compared a kernel in, by stage, until its report takes it along. Counting needs no torch."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
 
-BYTES = {"l1_acts": 1, "l1_acts_sf": 4, "l2_acts": 1, "l2_acts_sf": 4, "slots": 2, "y": 2, "stats": 4}
-"""Of an element of each stage."""
 LAUNCHES = "launches"
 """Stands beside the stages."""
 Tally = dict[str, dict[str, int]]
@@ -38,8 +36,17 @@ def lines(tally: Tally) -> list[str]:
     return [f"{kernel}: {_line(counts)}" for kernel, counts in tally.items()]
 
 
+def element_bytes() -> dict[str, int]:
+    """Bytes of an element of each stage, the same under every recipe that is built."""
+    from megaproof.quant.recipe import Recipe  # here: the summary of a run without torch has nothing to count
+    from megaproof.reference.stages import STAGES
+
+    return {name: stage.format(Recipe()).bytes for name, stage in STAGES.items()}
+
+
 def _line(counts: Mapping[str, int]) -> str:
-    stages = {stage: counts[stage] for stage in BYTES if counts.get(stage)}
-    size = sum(BYTES[stage] * count for stage, count in stages.items())
+    size_of = element_bytes()
+    stages = {stage: counts[stage] for stage in size_of if counts.get(stage)}
+    size = sum(size_of[stage] * count for stage, count in stages.items())
     named = ", ".join(f"{stage} {count:,}" for stage, count in stages.items())
     return f"{counts.get(LAUNCHES, 0):,} launches, {size:,} bytes, elements by stage: {named}; 0 differ"

@@ -29,7 +29,8 @@ from megaproof.proof.explain.anatomy import Disagreement
 from megaproof.proof.explain.derive import ExplainError, Question
 from megaproof.quant import twin
 from megaproof.reference import oracle
-from megaproof.reference.layer import STAGES, LayerResult, moe_layer
+from megaproof.reference.layer import LayerResult, moe_layer
+from megaproof.reference.stages import STAGES
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 console = Console()

@@ -16,10 +16,8 @@ from megaproof.quant.twin import arith as compiled_arith
 from megaproof.reference import dispatch, gemm, scatter, swiglu
 from megaproof.reference.arguments import Weights, check, check_same_width, check_source, check_weights
 from megaproof.reference.combine import combine
+from megaproof.reference.stages import POOL_STAGES, STAGES
 from megaproof.reference.stats import accumulate
-
-STAGES = ("l1_acts", "l1_acts_sf", "l2_acts", "l2_acts_sf", "slots", "y", "stats")
-"""Stages of the trace, in the order in which they are computed and compared."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +29,9 @@ class LayerResult:
     stats: list[Tensor]
     """int32 [E_loc] by rank."""
     trace: dict[str, Tensor] | None = None
-    """One tensor a stage; rows of the first five are the active slots in (rank, token, slot) order, which 'rows'
-    (int64 [n, 3]) lists. y is [sum of T_r, H] and stats [E], rank after rank."""
+    """One tensor for each stage of `reference.stages.STAGES`, and 'rows', int64 [n, 3]: the active slots in (rank,
+    token, slot) order, to which the rows of the stages before y belong. y is [sum of T_r, H] and stats [E], rank after
+    rank."""
 
 
 def moe_layer(
@@ -66,7 +65,7 @@ def moe_layer(
     weight = torch.cat(list(topk_weights))[where.row, where.slot]  # [n]
     l1_acts, l1_acts_sf = dispatch.pull(x, x_sf, where)  # Eq. (1)  [n, H]
 
-    l2_acts, l2_acts_sf, slots = through_experts(  # Eq. (2) to (7)  [n, I], [n, I/group], [n, H]
+    inner, slots = through_experts(  # Eq. (2) to (7)  l2_acts [n, I], l2_acts_sf [n, I/group]; slots [n, H]
         recipe, where, l1_acts, l1_acts_sf, weight, weights, arith, trace, progress
     )
 
@@ -74,8 +73,9 @@ def moe_layer(
     counts = accumulate(stats, where, problem.ranks, problem.experts_per_rank)  # Eq. (9)  [E_loc]
     if not trace:
         return LayerResult(y, counts)
-    stages = (l1_acts, l1_acts_sf, l2_acts, l2_acts_sf, slots, torch.cat(y), torch.cat(counts))
-    return LayerResult(y, counts, dict(zip(STAGES, stages, strict=True)) | {"rows": where.triples()})
+    stages = {**inner, "l1_acts": l1_acts, "l1_acts_sf": l1_acts_sf, "slots": slots}
+    stages |= {"y": torch.cat(y), "stats": torch.cat(counts)}
+    return LayerResult(y, counts, {name: stages[name] for name in STAGES} | {"rows": where.triples()})
 
 
 def through_experts(
@@ -88,38 +88,41 @@ def through_experts(
     arith: ModuleType,
     keep: bool = True,
     progress: Callable[[int, int], None] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[dict[str, Tensor], Tensor]:
     """Eq. (2) to (7): n routed rows through the experts that they name.
 
     l1_acts uint8 [n, H], l1_acts_sf float32 [n, H/128], weight float32 [n]; row i belongs to where's place i.
-    Returns (l2_acts uint8 [n, I], l2_acts_sf float32 [n, I/group], slots bfloat16 [n, H]) in the same order; with
-    keep off, and without rows, whose weights would say I, the first two are [0, 0].
+    Returns (the stages of the pool that the experts make, by name; slots bfloat16 [n, H]) in the same order: l2_acts
+    uint8 [n, I], l2_acts_sf float32 [n, I/group]. Stages of the pool are [0, 0] with keep off, and without rows, whose
+    weights would say I.
     Raises `ArgumentError` when weights(e) returned what does not fit.
     """
     check_source(weights)
     hidden, device = l1_acts.shape[1], l1_acts.device
 
-    def expert(e: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def expert(e: int) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         rows = where.of_expert(e)  # m of the n rows
         w1, w1_sf, w2, w2_sf = _checked(weights, e, hidden)
         gate, up = gemm.l1(recipe, l1_acts[rows], l1_acts_sf[rows], w1, w1_sf, arith)  # Eq. (2), Eq. (3)  [m, I]
         v = swiglu.activate(recipe, gate, up, weight[rows], arith)  # Eq. (4)  [m, I]
         l2_acts, l2_acts_sf = swiglu.requantise(recipe, v)  # Eq. (5)  [m, I]
         out = gemm.l2(recipe, l2_acts, l2_acts_sf, w2, w2_sf, arith)  # Eq. (6)  [m, H]
-        return rows, l2_acts, l2_acts_sf, scatter.to_slot(out, arith)  # Eq. (7)  [m, H]
+        made = {"l2_acts": l2_acts, "l2_acts_sf": l2_acts_sf}
+        return rows, made, scatter.to_slot(out, arith)  # Eq. (7)  [m, H]
 
     slots = torch.empty(len(where), hidden, dtype=torch.bfloat16, device=device)
     busy = where.expert.unique().tolist()
-    parts, width = [], 0
-    for done, part in enumerate(_side_by_side(expert, busy, device), start=1):
-        width = width or part[1].shape[1]
-        check_same_width(busy[done - 1], part[1].shape[1], width)
-        slots[part[0]] = part[3]
+    parts: list[tuple[Tensor, dict[str, Tensor]]] = []
+    width = 0
+    for done, (rows, made, out) in enumerate(_side_by_side(expert, busy, device), start=1):
+        width = width or made["l2_acts"].shape[1]
+        check_same_width(busy[done - 1], made["l2_acts"].shape[1], width)
+        slots[rows] = out
         if keep:
-            parts.append(part)
+            parts.append((rows, made))
         if progress:
             progress(done, len(busy))
-    return _in_row_order(parts, 1, torch.uint8), _in_row_order(parts, 2, torch.float32), slots
+    return _in_row_order(parts, recipe), slots
 
 
 def _checked(weights: Weights, e: int, hidden: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -137,9 +140,12 @@ def _side_by_side(expert: Callable[[int], Any], busy: list[int], device: torch.d
         yield from pool.map(expert, busy)
 
 
-def _in_row_order(parts: list[tuple[Tensor, ...]], column: int, dtype: torch.dtype) -> Tensor:
-    """One column of the experts' results, put back into (rank, token, slot) order."""
+def _in_row_order(parts: list[tuple[Tensor, dict[str, Tensor]]], recipe: Recipe) -> dict[str, Tensor]:
+    """The experts' stages, each put back into (rank, token, slot) order; [0, 0] where no expert had a row."""
     if not parts:
-        return torch.empty(0, 0, dtype=dtype)
-    rows, stacked = torch.cat([part[0] for part in parts]), torch.cat([part[column] for part in parts])
-    return torch.empty_like(stacked).index_copy_(0, rows, stacked)
+        return {name: torch.empty(0, 0, dtype=STAGES[name].format(recipe).dtype) for name in POOL_STAGES}
+    rows, found = torch.cat([rows for rows, _ in parts]), {}
+    for name in parts[0][1]:
+        stacked = torch.cat([made[name] for _, made in parts])
+        found[name] = torch.empty_like(stacked).index_copy_(0, rows, stacked)
+    return found

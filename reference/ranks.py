@@ -24,7 +24,8 @@ from megaproof.reference.arguments import BLOCK, ArgumentError, Problem, Weights
 from megaproof.reference.combine import combine
 from megaproof.reference.dispatch import Routes
 from megaproof.reference.exchange import Exchange, ExchangeError, lockstep, pack, unpack
-from megaproof.reference.layer import STAGES, LayerResult, through_experts
+from megaproof.reference.layer import LayerResult, through_experts
+from megaproof.reference.stages import POOL_STAGES, STAGES
 from megaproof.reference.stats import accumulate
 
 
@@ -40,8 +41,8 @@ class RankResult:
     """int64 [2, R]: bytes that this rank sent to each rank, there and back; its messages to itself count."""
     trace: dict[str, Tensor] | None = None
     """Where the rows lie. On the rank of their expert, in the order of 'received' (int64 [m, 3]: source rank, token,
-    slot; ascending): l1_acts, l1_acts_sf, l2_acts, l2_acts_sf. On their source rank, in the order of 'rows' (the same
-    for the rank's own active slots): slots."""
+    slot; ascending): the stages of the pool. On their source rank, in the order of 'rows' (the same for the rank's own
+    active slots): slots."""
 
 
 def rank_layer(
@@ -86,7 +87,7 @@ def rank_layer(
     ]
     where, came_weight, l1_acts, l1_acts_sf = _received(rank, problem, exchange.all_to_all(there))  # m of them
 
-    l2_acts, l2_acts_sf, out = through_experts(  # Eq. (2) to (7)  [m, I], [m, I/group], [m, H]
+    inner, out = through_experts(  # Eq. (2) to (7)  l2_acts [m, I], l2_acts_sf [m, I/group]; [m, H]
         recipe, where, l1_acts, l1_acts_sf, came_weight, weights, arith, trace, progress
     )
 
@@ -101,7 +102,7 @@ def rank_layer(
     sent = torch.tensor([[len(message) for message in messages] for messages in (there, back)])
     if not trace:
         return RankResult(y, counts, sent)
-    stages = dict(zip(STAGES[:5], (l1_acts, l1_acts_sf, l2_acts, l2_acts_sf, slots), strict=True))
+    stages = {**inner, "l1_acts": l1_acts, "l1_acts_sf": l1_acts_sf, "slots": slots}
     return RankResult(y, counts, sent, stages | {"received": where.triples(), "rows": own.triples()})
 
 
@@ -163,8 +164,9 @@ def gather(problem: Problem, results: Sequence[RankResult]) -> LayerResult:
         filled = [trace[stage] for trace in traces if len(trace["received"])]  # others can't know the width I
         return torch.cat(filled)[order] if filled else traces[0][stage]
 
-    stages = [*map(by_expert, STAGES[:4]), torch.cat([t["slots"] for t in traces]), torch.cat(y), torch.cat(stats)]
-    return LayerResult(y, stats, dict(zip(STAGES, stages, strict=True)) | {"rows": rows})
+    stages = {name: by_expert(name) for name in POOL_STAGES}
+    stages |= {"slots": torch.cat([trace["slots"] for trace in traces]), "y": torch.cat(y), "stats": torch.cat(stats)}
+    return LayerResult(y, stats, {name: stages[name] for name in STAGES} | {"rows": rows})
 
 
 def run_ranks(

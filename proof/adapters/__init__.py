@@ -69,8 +69,8 @@ class Adapter(Protocol):
         ...
 
     def stages(self) -> dict[str, Tensor]:
-        """Those of the first five of `reference.layer.STAGES` that it can show, from the last launch, with the dtypes
-        of the reference's trace; rows in (rank, token, slot) order of the active slots."""
+        """Those of `reference.stages.SHOWN` that it can show, from the last launch, each as its row in `STAGES`
+        says (dtype, columns); rows in (rank, token, slot) order of the active slots."""
         ...
 
     def y(self) -> list[Tensor]:

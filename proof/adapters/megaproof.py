@@ -14,10 +14,9 @@ from megaproof.proof.adapters import Prepared
 from megaproof.quant.recipe import Recipe, RecipeError
 from megaproof.reference.dispatch import routes
 from megaproof.reference.layout import pool_rows
+from megaproof.reference.stages import POOL_STAGES, STAGES
 
 FP8 = torch.float8_e4m3fn
-POOL_STAGES = ("l1_acts", "l1_acts_sf", "l2_acts", "l2_acts_sf")
-"""Stages that stand in the pool, by expert; slots stand in the combine buffer."""
 
 
 class MegaproofAdapter:
@@ -76,10 +75,10 @@ class MegaproofAdapter:
             y.view(torch.uint8).fill_(byte)
         for rank in range(self._buffer.size.ranks):
             views = self._buffer.rank(rank)
-            for name in (*POOL_STAGES[::2], "slots"):
-                getattr(views, name).view(torch.uint8).fill_(byte)
-            for name in POOL_STAGES[1::2]:
-                getattr(views, name).t().view(torch.uint8).fill_(byte)
+            for name in (*POOL_STAGES, "slots"):
+                view = getattr(views, name)
+                in_memory = view.t() if STAGES[name].covers else view  # scale factors lie there column after column
+                in_memory.view(torch.uint8).fill_(byte)
 
     def launch(self) -> None:
         """Raises KernelTimeout when a role waited in vain."""
@@ -95,7 +94,6 @@ class MegaproofAdapter:
         case, where = self._prepared.case, routes(self._prepared.inputs.topk_idx)
         local = case.shape.experts_per_rank(case.ranks)
         ring_rows, whole = self._buffer.size.ring_rows, True
-        scales = case.shape.intermediate // case.recipe.activation_granularity
         found: dict[str, list[Tensor]] = {name: [] for name in (*POOL_STAGES, "place")}
         for rank in range(case.ranks):
             views = self._buffer.rank(rank)
@@ -107,8 +105,9 @@ class MegaproofAdapter:
             found["place"].append(torch.stack([source, entry, expert + rank * local], dim=1))
             whole &= not len(rows) or int(rows[-1]) < ring_rows
             for name in POOL_STAGES if whole else ():
-                dtype = torch.float32 if name.endswith("_sf") else torch.uint8
-                found[name].append(getattr(views, name).view(dtype)[rows, : scales if name == "l2_acts_sf" else None])
+                stage = STAGES[name]
+                dtype, width = stage.format(case.recipe).dtype, stage.width(case.shape, case.recipe)
+                found[name].append(getattr(views, name).view(dtype)[rows, :width])
         place = torch.cat(found.pop("place"))
         order = torch.argsort((place[:, 0] << 40) + place[:, 1])
         wanted = torch.stack([where.rank, where.token * case.shape.topk + where.slot, where.expert], dim=1)

@@ -7,8 +7,9 @@ from torch import Tensor
 from megaproof.proof.adapters import Prepared
 from megaproof.proof.worlds.gloo import run_processes
 from megaproof.quant.recipe import Recipe
-from megaproof.reference.layer import STAGES, LayerResult
+from megaproof.reference.layer import LayerResult
 from megaproof.reference.ranks import run_ranks
+from megaproof.reference.stages import SHOWN
 
 
 class ReferenceAdapter:
@@ -50,7 +51,7 @@ class ReferenceAdapter:
     def stages(self) -> dict[str, Tensor]:
         """All of them."""
         trace = self._launched().trace or {}
-        return {name: trace[name] for name in STAGES[:5]}
+        return {name: trace[name] for name in SHOWN}
 
     def y(self) -> list[Tensor]:
         """By rank."""

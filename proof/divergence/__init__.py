@@ -1,8 +1,8 @@
 """First divergence: where a layer first differs from the reference, decoded, with a guess at the pattern.
 
-formats     bits, values and ulps of each stage            place       source, expert, tile, K block of an element
+find        the comparison itself                          place       source, expert, tile, K block of an element
 values      patterns of what happened to the bits          shape       patterns of where the wrong elements lie
-find        the comparison itself                          report      its text
+evidence    what both look at                              report      the text
 """
 
 from megaproof.proof.divergence.evidence import Pattern

@@ -9,8 +9,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from megaproof.proof.divergence.formats import Stored
 from megaproof.proof.divergence.place import Rows
+from megaproof.quant.stored import Stored
 
 UNLIKELY = 1e-4
 """A pattern is named when wrong bits strewn at random would look like it less often than this."""

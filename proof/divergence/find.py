@@ -12,11 +12,12 @@ from megaproof.cases import inputs
 from megaproof.cases.cases import CASES, DEFAULT_SEED, Case
 from megaproof.proof.divergence import shape, values
 from megaproof.proof.divergence.evidence import Evidence, Pattern
-from megaproof.proof.divergence.formats import EQUATIONS, STORED, unsigned
-from megaproof.proof.divergence.place import Place, Rows, columns_of, expert_rows, place, slot_rows, token_rows
+from megaproof.proof.divergence.place import Place, Rows, place, rows_of
 from megaproof.proof.divergence.report import neighbours, report
+from megaproof.quant.stored import Stored, unsigned
 from megaproof.reference import oracle
-from megaproof.reference.layer import STAGES, LayerResult
+from megaproof.reference.layer import LayerResult
+from megaproof.reference.stages import OUTPUTS, SHOWN, STAGES, Stage
 
 MOST_ELEMENTS = 1 << 26
 """Elements of a stage that patterns are sought in; of a larger stage, wrong rows first."""
@@ -29,7 +30,8 @@ class Divergence:
     case_id: str
     stage: str
     equation: str
-    format: str
+    stored: Stored
+    """How the elements of the stage are stored."""
     granularity: int
     """Columns of an L2 activation scale group."""
     compared: dict[str, int]
@@ -58,9 +60,14 @@ class Divergence:
     rows: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
     """'expected' and 'actual': the row of the stage; 'y_expected' and 'y_actual': the token's row of y."""
 
+    @property
+    def format(self) -> str:
+        """Name of the format of the stage."""
+        return self.stored.name
+
     def show(self, bits: int) -> str:
         """'0x3a = 1.25', in the format of the stage."""
-        return STORED[self.stage].show(bits)
+        return self.stored.show(bits)
 
     def report(self) -> str:
         """Text for a terminal, at most 120 columns wide."""
@@ -98,31 +105,31 @@ def compare_stages(
     """
     if expected.trace is None:
         raise ValueError("expected has no trace: compute it with trace=True")
-    unknown = set(actual_stages) - set(STAGES[:-2])
+    unknown = set(actual_stages) - set(SHOWN)
     if unknown:
-        raise ValueError(f"actual_stages has {', '.join(sorted(unknown))}; it takes {', '.join(STAGES[:-2])}")
+        raise ValueError(f"actual_stages has {', '.join(sorted(unknown))}; it takes {', '.join(SHOWN)}")
     compared: dict[str, int] = {}
     missing: list[str] = []
     by_rank = {"y": (expected.y, actual_y), "stats": (expected.stats, actual_stats)}
-    for stage in STAGES:
-        if stage not in by_rank and stage not in actual_stages:
-            missing.append(stage)
+    for name, stage in STAGES.items():
+        if name in SHOWN and name not in actual_stages:
+            missing.append(name)
             continue
-        theirs, problem = _gather(stage, *by_rank[stage]) if stage in by_rank else (actual_stages[stage], "")
-        ours = expected.trace[stage]
+        theirs, problem = _gather(name, *by_rank[name]) if name in OUTPUTS else (actual_stages[name], "")
+        ours = expected.trace[name]
         problem = problem or _misfit(ours, theirs)
         if not problem and (ours.numel() == 0 or not _differs(ours, theirs).any()):
-            compared[stage] = ours.numel()
+            compared[name] = ours.numel()
             continue
-        head = (case.id, stage, EQUATIONS[stage], STORED[stage].name, case.recipe.activation_granularity)
+        head = (case.id, name, stage.equation, stage.format(case.recipe), case.recipe.activation_granularity)
         told = (dict(compared), tuple(missing))
         if problem:
             explain = "check what the adapter hands out: stages are in canonical order, as reference/layer.py has them"
             return Comparison(Divergence(*head, *told, explain, problem), *told)
         where = inputs.make(case).topk_idx if topk_idx is None else topk_idx
-        rows = _rows(case, stage, where)
-        before = _previous(stage, previous)
-        found = _decode(case, stage, rows, ours, theirs, before, (fill or {}).get(stage))
+        rows = rows_of(case, stage, where)
+        before = _previous(name, previous)
+        found = _decode(case, stage, rows, ours, theirs, before, (fill or {}).get(name))
         found["rows"] |= _y_rows(found["place"], expected.y, actual_y)
         return Comparison(Divergence(*head, *told, _command(case, stage, found["place"]), **found), *told)
     return Comparison(None, compared, tuple(missing))
@@ -170,12 +177,6 @@ def _differs(ours: Tensor, theirs: Tensor) -> Tensor:
     return (a != b).cpu().reshape(len(a), -1)
 
 
-def _rows(case: Case, stage: str, topk_idx: Sequence[Tensor]) -> Rows:
-    if stage == "y":
-        return token_rows(case)
-    return expert_rows(case) if stage == "stats" else slot_rows(case, topk_idx)
-
-
 def _previous(stage: str, previous: Mapping[str, Tensor] | None) -> Tensor | None:
     if not previous or stage not in previous:
         return None
@@ -184,16 +185,16 @@ def _previous(stage: str, previous: Mapping[str, Tensor] | None) -> Tensor | Non
 
 
 def _decode(
-    case: Case, stage: str, rows: Rows, ours: Tensor, theirs: Tensor, previous: Tensor | None, fill: int | None
+    case: Case, stage: Stage, rows: Rows, ours: Tensor, theirs: Tensor, previous: Tensor | None, fill: int | None
 ) -> dict:
     """Everything that a Divergence says of a stage that differs."""
-    stored, wrong = STORED[stage], _differs(ours, theirs)
+    stored, wrong = stage.format(case.recipe), _differs(ours, theirs)
     row, column = (int(i) for i in wrong.nonzero()[0])
     kept = _kept(wrong)
     expected, actual = (unsigned(t if len(kept) == len(wrong) else t[kept.to(t.device)]) for t in (ours, theirs))
     expected, actual = (t.reshape(len(kept), -1) for t in (expected, actual))
     seen = Rows(*(getattr(rows, name)[kept] for name in Rows.__dataclass_fields__))
-    evidence = Evidence(expected, actual, stored, seen, columns_of(case, stage), previous, fill)
+    evidence = Evidence(expected, actual, stored, seen, stage.span(case.recipe), previous, fill)
     ulps = stored.ulps(evidence.before, evidence.after)
     numbers = [stored.values(t) for t in (expected, actual)]
     at = int((kept == row).nonzero()[0])
@@ -256,11 +257,11 @@ def _histogram(ulps: Tensor) -> dict[str, int]:
     return counts
 
 
-def _around(stage: str, rows: Rows, e: Evidence, row: int, column: int) -> list[str]:
+def _around(stage: Stage, rows: Rows, e: Evidence, row: int, column: int) -> list[str]:
     """The window around an element: rows of the same expert in a stage of slots, else the rows beside it."""
-    same = rows.expert == rows.expert[row] if stage not in ("y", "stats") else torch.ones(len(rows), dtype=torch.bool)
+    same = rows.expert == rows.expert[row] if stage.rows == "slot" else torch.ones(len(rows), dtype=torch.bool)
     order = same.nonzero().squeeze(1).tolist()
-    if stage == "stats":
+    if stage.rows == "expert":
         names = [f"expert {number}" for number in rows.expert.tolist()]
     else:
         parts = (t.tolist() for t in (rows.rank, rows.token, rows.slot))
@@ -275,20 +276,20 @@ def _y_rows(at: Place, ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> dict
     return {f"y_{side}": y[at.rank][at.token].cpu().clone() for side, y in (("expected", ours), ("actual", theirs))}
 
 
-def _command(case: Case, stage: str, at: Place) -> str:
+def _command(case: Case, stage: Stage, at: Place) -> str:
     """The command that explains an element of a case of the table; an id does not tell the seed."""
     if case.id not in {known.id for known in CASES}:
         return f"{case.id} is not in cases/cases.py, so `python -m reference explain` takes a bundle of it alone"
     command = f"python -m reference explain {case.id}"
     if case.seed != DEFAULT_SEED:
         command += f" --seed {(case.seed - DEFAULT_SEED) % (1 << 64)}"
-    if stage == "stats":
+    if stage.rows == "expert":
         return f"{command} --expert {at.expert}"
     command += f" --rank {at.rank} --token {at.token}"
     if at.slot is not None:
         command += f" --slot {at.slot}"
-    if stage in ("slots", "y"):
+    if stage.is_of_y:
         return f"{command} --column {at.column}"
-    if stage.startswith("l1"):
+    if stage.columns == "hidden":
         return f"{command} --column 0 --k-block {at.k_block}"
-    return f"{command} --column 0 --activation {at.column * columns_of(case, stage)}"
+    return f"{command} --column 0 --activation {at.column * stage.span(case.recipe)}"

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megaproof.cases.cases import Case
 from megaproof.quant.cast import BLOCK
+from megaproof.reference.stages import STAGES, Stage
 
 GROUP = 64
 """Columns of the narrowest group of L2 activations; half a K block of GEMM 2."""
@@ -36,7 +37,7 @@ class Rows:
 
 
 def slot_rows(case: Case, topk_idx: Sequence[Tensor]) -> Rows:
-    """Rows of the stages l1_acts ... slots: the active slots in (rank, token, slot) order."""
+    """The active slots in (rank, token, slot) order."""
     found = [(idx.cpu() >= 0).nonzero() for idx in topk_idx]
     rank = torch.cat([torch.full((len(part),), r) for r, part in enumerate(found)])
     token, slot = torch.cat(found).reshape(-1, 2).unbind(1)
@@ -50,7 +51,7 @@ def slot_rows(case: Case, topk_idx: Sequence[Tensor]) -> Rows:
 
 
 def token_rows(case: Case) -> Rows:
-    """Rows of y: the tokens, rank after rank."""
+    """The tokens, rank after rank."""
     rank = torch.cat([torch.full((tokens,), r) for r, tokens in enumerate(case.tokens)])
     token = torch.cat([torch.arange(tokens) for tokens in case.tokens])
     none = torch.full_like(rank, -1)
@@ -58,16 +59,18 @@ def token_rows(case: Case) -> Rows:
 
 
 def expert_rows(case: Case) -> Rows:
-    """Rows of the statistics: one an expert."""
+    """The experts, rank after rank."""
     expert = torch.arange(case.shape.experts)
     rank = expert // case.shape.experts_per_rank(case.ranks)
     none = torch.full_like(expert, -1)
     return Rows(rank, none, none, expert, rank, none, none)
 
 
-def columns_of(case: Case, stage: str) -> int:
-    """Columns of the layer that one column of a stage stands for: a scale factor covers 128 or 64 of them."""
-    return {"l1_acts_sf": BLOCK, "l2_acts_sf": case.recipe.activation_granularity}.get(stage, 1)
+def rows_of(case: Case, stage: Stage, topk_idx: Sequence[Tensor]) -> Rows:
+    """What the rows of a stage belong to; topk_idx int64 [T_r, K] by rank."""
+    if stage.rows == "slot":
+        return slot_rows(case, topk_idx)
+    return token_rows(case) if stage.rows == "token" else expert_rows(case)
 
 
 @dataclass(frozen=True)
@@ -90,9 +93,10 @@ class Place:
     group: int | None
     """64-wide group of columns."""
 
-    def text(self, stage: str, granularity: int) -> list[str]:
-        """Two or three lines for a terminal."""
-        if stage == "stats":
+    def text(self, name: str, granularity: int) -> list[str]:
+        """Two or three lines for a terminal; name: of the stage."""
+        stage = STAGES[name]
+        if stage.rows == "expert":
             return [f"rank {self.rank}, expert {self.expert} (its local expert {self.column})"]
         source = f"source rank {self.rank}, token {self.token}"
         if self.slot is None:
@@ -107,24 +111,23 @@ class Place:
         if self.tile:
             parts.append(f"tile (row, column) = {self.tile} of 128 x 128")
         if self.k_block is not None:
-            gemm = 1 if stage.startswith("l1") else 2
-            parts.append(f"K block {self.k_block} of GEMM {gemm}, 64-group {self.group}")
-        if stage == "l2_acts":
+            parts.append(f"K block {self.k_block} of GEMM {stage.read_by}, 64-group {self.group}")
+        if stage.read_by == 2 and stage.covers is None:
             parts.append(f"scale group {self.column // granularity} of {granularity}")
         return [*lines, ", ".join(parts)]
 
 
-def place(case: Case, stage: str, rows: Rows, row: int, column: int) -> Place:
+def place(case: Case, stage: Stage, rows: Rows, row: int, column: int) -> Place:
     """The place of element [row, column] of a stage."""
 
     def at(values: Tensor) -> int | None:
         value = int(values[row])
         return None if value < 0 else value
 
-    first = column * columns_of(case, stage)
+    first = column * stage.span(case.recipe)
     expert_row = at(rows.expert_row)
-    reads = stage not in ("slots", "y", "stats")  # elements that a GEMM reads along K
-    if stage == "stats":  # the column is the expert's number on its rank
+    reads = stage.read_by is not None
+    if stage.rows == "expert":  # the column is the expert's number on its rank
         column = int(rows.expert[row]) % case.shape.experts_per_rank(case.ranks)
     return Place(
         row,

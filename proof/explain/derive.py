@@ -203,7 +203,7 @@ def _through_expert(recipe: Recipe, slot: _Slot, question: Question) -> tuple[li
     agree(f"slot {slot.k}: GEMM 2 by hand and by the twin", by_hand, out)
     fourth.put("out", out, f"after all {len(row) // size} blocks", f"slot{slot.k}.out")
     value = atoms.encode_bf16(out)
-    fourth.put("slot row", value, "BF16, nearest even", f"slot{slot.k}.slot")
+    fourth.put("slot row", value, "BF16, nearest even", f"slot{slot.k}.slots")
     return [first, second, third, fourth], value
 
 
@@ -279,11 +279,11 @@ def _requantisation(recipe: Recipe, slot: _Slot, j: int, v: Tensor, code: Tensor
         stored = floor * f32_from_bits(torch.tensor(scale.RECIPROCAL_448_BITS))
         factor, note = torch.div(torch.ones(()), stored), "fl(max(amax, 1e-10) * fl(1/448))"
     agree(f"slot {slot.k}: scale factor by hand and by the room", stored, sf)
-    section.put("l2_acts_sf", stored, note, f"{key}.sf")
+    section.put("l2_acts_sf", stored, note, f"{key}.l2_acts_sf")
     section.put("factor", factor, "2^-e" if recipe.activation_scale == "ue8m0" else "fl(1 / l2_acts_sf)")
     scaled_v = v[j] * factor
     section.put("v * factor", scaled_v)
     q = atoms.encode_e4m3(scaled_v)
     agree(f"slot {slot.k}: code by hand and by the room", q, code)
-    section.put("l2_acts", q, "E4M3, nearest even, saturating at 448", f"{key}.q")
+    section.put("l2_acts", q, "E4M3, nearest even, saturating at 448", f"{key}.l2_acts")
     return section

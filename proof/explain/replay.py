@@ -16,11 +16,10 @@ from rich.text import Text
 from megaproof.cases import inputs
 from megaproof.cases.cases import Case
 from megaproof.proof.bundle import Bundle
-from megaproof.proof.divergence.formats import STORED
-from megaproof.proof.divergence.place import columns_of
 from megaproof.proof.explain.anatomy import Section, hexadecimal
 from megaproof.proof.explain.derive import ExplainError, Explanation, Question, explain
 from megaproof.reference.dispatch import routes
+from megaproof.reference.stages import STAGES, Stage
 from megaproof.reference.stats import accumulate
 
 
@@ -67,20 +66,20 @@ def of_expert(case: Case, expert: int) -> Told:
 
 def of_bundle(bundle: Bundle, k_block: int | None = None, full: bool = False) -> Told:
     """The first difference of a bundle: derived, and compared with the value that the bundle calls expected."""
-    case, stage, place = bundle.case, bundle.stage, bundle.place
-    if stage == "stats":
+    case, stage, place = bundle.case, STAGES[bundle.stage], bundle.place
+    if stage.rows == "expert":
         told = of_expert(case, place["expert"])
         here = told.sections[0].lines[-1].bits
     else:
         question = question_of(case, stage, place, k_block, full)
         told = of_element(case, question)
         here = _derived(told, stage, place)
-    width = STORED[stage].width // 4
+    width = stage.format(case.recipe).width // 4
     expected, actual = f"0x{bundle.expected_bits:0{width}x}", f"0x{bundle.actual_bits:0{width}x}"
     agrees = here == expected
     verdicts = [
         *told.verdicts,
-        f"stage {stage}: derived here {here}, "
+        f"stage {stage.name}: derived here {here}, "
         + ("as the bundle expects" if agrees else f"but the bundle expects {expected}: other inputs or another recipe")
         + f"; the kernel gave {actual}",
         *(f"pattern seen by the comparison: {pattern}" for pattern in bundle.patterns),
@@ -88,33 +87,30 @@ def of_bundle(bundle: Bundle, k_block: int | None = None, full: bool = False) ->
     return Told(case, told.sections, verdicts, told.holds and agrees, told.explanation)
 
 
-def question_of(case: Case, stage: str, place: dict[str, Any], k_block: int | None, full: bool) -> Question:
+def question_of(case: Case, stage: Stage, place: dict[str, Any], k_block: int | None, full: bool) -> Question:
     """The element of y on whose way an element of a stage lies; column 0 of y where the stage does not say which."""
     column = place["column"]
-    first = column * columns_of(case, stage)
+    first = column * stage.span(case.recipe)
     return Question(
         place["rank"],
         place["token"],
-        column if stage in ("slots", "y") else 0,
+        column if stage.is_of_y else 0,
         place["slot"],
-        place["k_block"] if stage.startswith("l1") and k_block is None else k_block,
-        first if stage.startswith("l2") else None,
+        place["k_block"] if stage.read_by == 1 and k_block is None else k_block,
+        first if stage.columns == "intermediate" else None,
         full,
     )
 
 
-def _derived(told: Told, stage: str, place: dict[str, Any]) -> str | None:
+def _derived(told: Told, stage: Stage, place: dict[str, Any]) -> str | None:
     """Bits of the bundle's element as they are here."""
     explanation = told.explanation
     assert explanation is not None
-    if stage.startswith("l1"):
+    if stage.read_by == 1:  # Eq. (1) copies it
         made = inputs.make(told.case)
-        tensors = made.x if stage == "l1_acts" else made.x_sf
+        tensors = made.x_sf if stage.covers else made.x
         return hexadecimal(tensors[place["rank"]][place["token"], place["column"]])
-    if stage == "y":
-        return explanation.value("y").bits
-    key = {"l2_acts": "q", "l2_acts_sf": "sf", "slots": "slot"}[stage]
-    return explanation.value(f"slot{place['slot']}.{key}").bits
+    return explanation.value(f"slot{place['slot']}.{stage.name}" if stage.rows == "slot" else stage.name).bits
 
 
 def show(told: Told, console: Console) -> None:

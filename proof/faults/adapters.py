@@ -26,7 +26,8 @@ from megaproof.quant import philox
 from megaproof.quant.recipe import RECIPES
 from megaproof.quant.shapes import SHAPES
 from megaproof.reference import oracle
-from megaproof.reference.layer import STAGES, LayerResult, moe_layer
+from megaproof.reference.layer import LayerResult, moe_layer
+from megaproof.reference.stages import STAGES
 
 CASE = Case(SHAPES["smoke"], (64, 64), routing="zipf", masked=30)
 ORDER_CASE = Case(SHAPES["smoke"], (64, 64), RECIPES["no_clamp"], routing="zipf", family="adversarial")

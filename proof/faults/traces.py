@@ -11,12 +11,12 @@ from torch import Tensor
 
 from megaproof.cases import inputs
 from megaproof.cases.cases import Case
-from megaproof.proof.divergence import Divergence, first_divergence
-from megaproof.proof.divergence.formats import STORED, unsigned
-from megaproof.proof.divergence.place import Rows, expert_rows, slot_rows, token_rows
-from megaproof.quant.formats import f32_from_bits
+from megaproof.proof.divergence import Divergence, first_divergence, place
+from megaproof.proof.divergence.place import Rows
 from megaproof.quant.shapes import SHAPES
-from megaproof.reference.layer import STAGES, LayerResult, moe_layer
+from megaproof.quant.stored import Stored, unsigned
+from megaproof.reference.layer import LayerResult, moe_layer
+from megaproof.reference.stages import SHOWN, STAGES
 
 CASE = Case(SHAPES["smoke"], (100, 60), routing="one_hot")
 """160 tokens, all of them in one expert's rows: two tiles of it; 42 a rank and expert elsewhere."""
@@ -30,9 +30,11 @@ def layer() -> tuple[inputs.Inputs, LayerResult]:
 
 @functools.cache
 def rows_of(stage: str) -> Rows:
-    if stage == "y":
-        return token_rows(CASE)
-    return expert_rows(CASE) if stage == "stats" else slot_rows(CASE, layer()[0].topk_idx)
+    return place.rows_of(CASE, STAGES[stage], layer()[0].topk_idx)
+
+
+def stored(stage: str) -> Stored:
+    return STAGES[stage].format(CASE.recipe)
 
 
 def expected(stage: str) -> Tensor:
@@ -44,7 +46,7 @@ def expected(stage: str) -> Tensor:
 def found(stage: str, planted: Tensor, **known: object) -> Divergence:
     """The divergence of one planted stage."""
     _, result = layer()
-    stages = {name: expected(name) for name in STAGES[:-2]} | ({} if stage in ("y", "stats") else {stage: planted})
+    stages = {name: planted if name == stage else expected(name) for name in SHOWN}
     y = list((planted if stage == "y" else expected("y")).split(list(CASE.tokens)))
     stats = list((planted if stage == "stats" else expected("stats")).split(8))
     divergence = first_divergence(result, stages, y, stats, CASE, topk_idx=layer()[0].topk_idx, **known)
@@ -55,18 +57,14 @@ def found(stage: str, planted: Tensor, **known: object) -> Divergence:
 
 def bits_to(stage: str, bits: Tensor) -> Tensor:
     """Unsigned bits -> a tensor of the stage."""
-    if stage in ("l1_acts", "l2_acts"):
-        return bits.to(torch.uint8)
-    if STORED[stage].dtype == torch.bfloat16:
-        return torch.where(bits >= 1 << 15, bits - (1 << 16), bits).to(torch.int16).view(torch.bfloat16)
-    return f32_from_bits(bits) if stage != "stats" else bits.to(torch.int32)
+    return stored(stage).tensor(bits)
 
 
 @functools.cache
 def some() -> Tensor:
     """int64 [2]: rows of two tokens and two experts, far apart, that are nearly free of zeros in every stage."""
     rows = rows_of("slots")
-    full = torch.stack([(unsigned(expected(stage)) != 0).float().mean(1) > 0.7 for stage in STAGES[:5]]).all(0)
+    full = torch.stack([(unsigned(expected(stage)) != 0).float().mean(1) > 0.7 for stage in SHOWN]).all(0)
     first = int(full.nonzero()[3])
     other = full & (rows.expert != rows.expert[first]) & (rows.rank != rows.rank[first])
     return torch.tensor([first, int(other.nonzero()[0])])
@@ -91,7 +89,7 @@ class Plant:
 def noise(bits: Tensor, stage: str, where: tuple[Tensor, ...]) -> None:
     """Other bits of the stage's width, anything but what they were."""
     chance = torch.Generator().manual_seed(5)
-    width = STORED[stage].width
+    width = stored(stage).width
     change = torch.randint(1, 1 << min(width, 31), (len(where[0]),), generator=chance)
     bits[where] ^= change
 
@@ -123,9 +121,9 @@ def shift_expert(bits: Tensor, rows: Rows, step: int) -> None:
 
 def scale(stage: str, k: int, columns: slice = slice(None)) -> Edit:
     def edit(bits: Tensor, _: Rows) -> None:
-        stored = STORED[stage]
+        form = stored(stage)
         for row in some().tolist():
-            bits[row, columns] = stored.encode(stored.values(bits[row, columns]) * 2.0**k)
+            bits[row, columns] = form.encode(form.values(bits[row, columns]) * 2.0**k)
 
     return edit
 

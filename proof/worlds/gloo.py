@@ -31,8 +31,9 @@ from megaproof.cases.cases import Case, find
 from megaproof.cases.compare import Differs, same
 from megaproof.proof.worlds.rank_process import case_to_json
 from megaproof.reference.arguments import Problem
-from megaproof.reference.layer import STAGES, LayerResult, moe_layer
+from megaproof.reference.layer import LayerResult, moe_layer
 from megaproof.reference.ranks import RankResult, gather
+from megaproof.reference.stages import STAGES
 from megaproof.toolchain.build import EnvironmentMissing
 
 TIMEOUT_S = 300.0

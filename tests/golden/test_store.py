@@ -14,7 +14,7 @@ from megaproof.cases.cases import CASES, GATE, SMOKE, Case
 from megaproof.golden import __main__ as cli
 from megaproof.golden import store
 from megaproof.quant.recipe import Recipe
-from megaproof.reference.layer import STAGES
+from megaproof.reference.stages import STAGES
 
 CASE = next(case for case in SMOKE if case.ranks == 1)
 """The smallest case with a trace."""

@@ -14,8 +14,9 @@ from megaproof.cases import inputs
 from megaproof.cases.cases import CASES, Case, find
 from megaproof.proof import bundle
 from megaproof.proof.divergence import Divergence, first_divergence
-from megaproof.proof.divergence.formats import unsigned
-from megaproof.reference.layer import STAGES, moe_layer
+from megaproof.quant.stored import unsigned
+from megaproof.reference.layer import moe_layer
+from megaproof.reference.stages import STAGES
 
 CASE = find("smoke-r2-t5-clamp10-fast1-zipf-mask30")
 

@@ -22,7 +22,8 @@ from megaproof.quant import atoms
 from megaproof.quant.recipe import RECIPES
 from megaproof.quant.shapes import SHAPES
 from megaproof.reference import __main__ as command
-from megaproof.reference.layer import STAGES, LayerResult, moe_layer
+from megaproof.reference.layer import LayerResult, moe_layer
+from megaproof.reference.stages import SHOWN, STAGES
 
 RECIPE_CASES = [Case(SHAPES["smoke"], (7, 4), recipe) for recipe in RECIPES.values()]
 MASKED = find("smoke-r2-t5-clamp10-fast1-zipf-mask30")
@@ -59,9 +60,9 @@ def check_numbers(case: Case, question: Question, found: Explanation) -> int:
         title = next(s.title for s in found.sections if s.title.startswith(f"Slot {k}, activation"))
         j = int(title.rsplit(" ", 1)[1])
         group = j // case.recipe.activation_granularity
-        assert found.value(f"slot{k}.q").bits == shown(result.trace["l2_acts"][row, j])
-        assert found.value(f"slot{k}.sf").bits == shown(result.trace["l2_acts_sf"][row, group])
-        assert found.value(f"slot{k}.slot").bits == found.value(f"combine{k}.slot").bits
+        assert found.value(f"slot{k}.l2_acts").bits == shown(result.trace["l2_acts"][row, j])
+        assert found.value(f"slot{k}.l2_acts_sf").bits == shown(result.trace["l2_acts_sf"][row, group])
+        assert found.value(f"slot{k}.slots").bits == found.value(f"combine{k}.slot").bits
         assert found.value(f"slot{k}.weight").bits == shown(made.topk_weights[question.rank][question.token, k])
     assert found.value("y").bits == shown(y)
     return len(slots)
@@ -284,8 +285,8 @@ def test_the_command_of_a_report_works(tmp_path: Path) -> None:
     """Every divergence ends with a command; it is one that runs."""
     made, result = layer(MASKED)
     assert result.trace is not None
-    for stage in STAGES[:5]:
-        wrong = {name: result.trace[name].clone() for name in STAGES[:5]}
+    for stage in SHOWN:
+        wrong = {name: result.trace[name].clone() for name in SHOWN}
         wrong[stage].reshape(-1).view(torch.uint8)[-1] ^= 1
         divergence = first_divergence(result, wrong, result.y, result.stats, MASKED, topk_idx=made.topk_idx)
         assert divergence is not None

@@ -30,8 +30,9 @@ from megaproof.quant.recipe import RECIPES
 from megaproof.quant.shapes import SHAPES
 from megaproof.reference.arguments import check
 from megaproof.reference.exchange import Exchange, lockstep
-from megaproof.reference.layer import STAGES, LayerResult, moe_layer
+from megaproof.reference.layer import LayerResult, moe_layer
 from megaproof.reference.ranks import RankResult, rank_layer
+from megaproof.reference.stages import STAGES
 
 ROOT = Path(__file__).resolve().parents[2]
 SMOKE = SHAPES["smoke"]

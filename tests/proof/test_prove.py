@@ -19,8 +19,9 @@ from megaproof.proof.adapters.reference import ReferenceAdapter
 from megaproof.proof.prove import Convicted, prove, turned
 from megaproof.quant.recipe import Recipe
 from megaproof.quant.shapes import Shape
-from megaproof.reference.layer import STAGES, LayerResult, moe_layer
+from megaproof.reference.layer import LayerResult, moe_layer
 from megaproof.reference.oracle import NotLattice
+from megaproof.reference.stages import STAGES
 from megaproof.tests.kernel.test_emulator import replaced
 
 LATTICE = next(case for case in SMOKE if case.family == "lattice")

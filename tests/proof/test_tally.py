@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from megaproof.proof import tally
-from megaproof.proof.divergence.formats import STORED
+from megaproof.quant.recipe import RECIPES
+from megaproof.reference.stages import STAGES
 
 
-def test_the_bytes_are_those_of_the_stages() -> None:
-    assert {stage: stored.width // 8 for stage, stored in STORED.items()} == tally.BYTES
+def test_an_element_has_the_same_bytes_under_every_recipe() -> None:
+    """A tally does not know under which recipe its elements were compared."""
+    for recipe in RECIPES.values():
+        assert {name: stage.format(recipe).bytes for name, stage in STAGES.items()} == tally.element_bytes()
 
 
 def test_counts_add_up_and_are_taken_once() -> None:

@@ -17,7 +17,8 @@ from megaproof.cases.inputs import make
 from megaproof.quant import atoms, twin
 from megaproof.quant.recipe import RECIPES, Recipe
 from megaproof.quant.shapes import SHAPES, Shape
-from megaproof.reference.layer import STAGES, LayerResult, moe_layer
+from megaproof.reference.layer import LayerResult, moe_layer
+from megaproof.reference.stages import SHOWN, STAGES
 from megaproof.tests.support import tiny
 from megaproof.tests.support.bit_patterns import assert_same
 
@@ -158,7 +159,7 @@ def test_all_masked_gives_plus_zero(ranks: int) -> None:
         assert stats.tolist() == [0] * (8 // ranks)
     assert result.trace is not None
     assert result.trace["rows"].shape == (0, 3)
-    assert {len(result.trace[stage]) for stage in STAGES[:5]} == {0}
+    assert {len(result.trace[stage]) for stage in SHOWN} == {0}
 
 
 def test_no_token_anywhere() -> None:

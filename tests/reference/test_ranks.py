@@ -17,8 +17,9 @@ from megaproof.quant.recipe import RECIPES, Recipe
 from megaproof.quant.shapes import SHAPES, Shape
 from megaproof.reference.arguments import ArgumentError, Problem
 from megaproof.reference.exchange import Exchange, ExchangeError, lockstep, pack, unpack
-from megaproof.reference.layer import STAGES, LayerResult, moe_layer
+from megaproof.reference.layer import LayerResult, moe_layer
 from megaproof.reference.ranks import RankResult, gather, rank_layer, run_ranks
+from megaproof.reference.stages import STAGES
 from megaproof.tests.support import tiny
 from megaproof.tests.support.bit_patterns import assert_same
 

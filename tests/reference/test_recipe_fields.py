@@ -13,7 +13,8 @@ from megaproof.cases.cases import GATE, Case
 from megaproof.cases.inputs import FAMILIES, Inputs, make
 from megaproof.quant.recipe import CHOICES, RECIPES, Recipe
 from megaproof.quant.shapes import SHAPES
-from megaproof.reference.layer import STAGES, LayerResult, moe_layer
+from megaproof.reference.layer import LayerResult, moe_layer
+from megaproof.reference.stages import STAGES
 from megaproof.tests.support.bit_patterns import assert_same
 from megaproof.tests.support.threads import threads
 

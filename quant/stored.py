@@ -1,4 +1,4 @@
-"""The formats in which stages are stored: bits, their values, and how many codes lie between two of them."""
+"""How tensors hold numbers: the bits of an element, its value, and how many codes lie between two of them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def unsigned(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Stored:
-    """How the elements of a stage are stored."""
+    """How the elements of a tensor are stored."""
 
     name: str
     dtype: torch.dtype
@@ -31,6 +31,12 @@ class Stored:
     largest: int
     """The largest magnitude code that is not a NaN."""
     codes: Format | None = None
+    """Decodes and encodes; None for float32 and integers."""
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of an element."""
+        return self.width // 8
 
     @property
     def sign(self) -> int:
@@ -54,6 +60,10 @@ class Stored:
         narrow = values.to(torch.float32)
         return unsigned(self.codes.encode(narrow)) if self.codes else f32_bits(narrow)
 
+    def tensor(self, bits: Tensor) -> Tensor:
+        """Inverse of `unsigned`: integer bits, in [0, 2^width), -> a tensor of `dtype` of the same shape."""
+        return _signed(bits, self.width).to(_INTEGER[self.bytes]).view(self.dtype)
+
     def ordered(self, bits: Tensor) -> Tensor:
         """Integers in the order of the numbers, one apart where two numbers are neighbours; both zeros are 0."""
         if not self.mantissa:
@@ -74,31 +84,11 @@ class Stored:
 
 
 def _signed(bits: Tensor, width: int) -> Tensor:
+    """The bits as two's complement, int64."""
     return torch.where(bits >= 1 << width - 1, bits - (1 << width), bits)
 
 
-_E4M3 = Stored("E4M3", torch.uint8, 8, 3, 0x7E, E4M3)
-_BF16 = Stored("BF16", torch.bfloat16, 16, 7, 0x7F80, BF16)
-_FP32 = Stored("fp32", torch.float32, 32, 23, 0x7F800000)
-_INT32 = Stored("int32", torch.int32, 32, 0, 0)
-
-STORED = {
-    "l1_acts": _E4M3,
-    "l1_acts_sf": _FP32,
-    "l2_acts": _E4M3,
-    "l2_acts_sf": _FP32,
-    "slots": _BF16,
-    "y": _BF16,
-    "stats": _INT32,
-}
-"""The format of each stage of the trace."""
-EQUATIONS = {
-    "l1_acts": "Eq. (1) dispatch",
-    "l1_acts_sf": "Eq. (1) dispatch",
-    "l2_acts": "Eq. (2)-(5) GEMM 1, SwiGLU, re-quantisation: codes",
-    "l2_acts_sf": "Eq. (2)-(5) GEMM 1, SwiGLU, re-quantisation: scale factors",
-    "slots": "Eq. (6), (7) GEMM 2, output row",
-    "y": "Eq. (8) combine",
-    "stats": "Eq. (9) statistics",
-}
-"""The equations that lead from the stages before to a stage."""
+E4M3_CODES = Stored("E4M3", torch.uint8, 8, 3, 0x7E, E4M3)
+BF16_VALUES = Stored("BF16", torch.bfloat16, 16, 7, 0x7F80, BF16)
+FP32_VALUES = Stored("fp32", torch.float32, 32, 23, 0x7F800000)
+INT32_COUNTS = Stored("int32", torch.int32, 32, 0, 0)
