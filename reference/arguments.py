@@ -23,7 +23,7 @@ class ArgumentError(ValueError):
 
 
 @dataclass(frozen=True)
-class Problem:
+class Dimensions:
     """The dimensions that the arguments agree on."""
 
     ranks: int
@@ -47,7 +47,7 @@ def check(
     topk_weights: Sequence[Tensor],
     experts: int | None,
     stats: Sequence[Tensor] | None,
-) -> Problem:
+) -> Dimensions:
     """The problem's dimensions, or `ArgumentError`. experts None: read from stats, else the least that R divides."""
     if not isinstance(recipe, Recipe):
         raise ArgumentError(f"recipe = {recipe!r} must be a megaproof.quant.recipe.Recipe")
@@ -84,7 +84,7 @@ def check(
     if stats is not None:
         for rank in range(ranks):
             _tensor(f"stats[{rank}]", stats[rank], torch.int32, (experts // ranks,))
-    return Problem(ranks, hidden, topk, experts, tuple(t.shape[0] for t in x), x[0].device)
+    return Dimensions(ranks, hidden, topk, experts, tuple(t.shape[0] for t in x), x[0].device)
 
 
 def check_weights(e: int, tensors: tuple[Tensor, Tensor, Tensor, Tensor], hidden: int) -> None:

@@ -52,14 +52,14 @@ def moe_layer(
 
     Lists by rank: x uint8 [T_r, H], x_sf float32 [T_r, H/128], topk_idx int64 [T_r, K] (-1 = masked),
     topk_weights float32 [T_r, K], stats int32 [E_loc] (counts so far). weights(e) gives expert e's tensors, see
-    `arguments.Weights`; expert e lives on rank e // E_loc. experts: E, where stats do not say it.
+    `arguments.Weights`; expert e lives on rank `layout.owner(e, E_loc)`. experts: E, where stats do not say it.
     arith: the atoms to compute with (default: the compiled twin of x's device); it changes the speed and no bit.
     progress(done, total) is called after each expert that received a row.
 
     Inputs are not written. Raises `ArgumentError` naming argument, value and rule.
     """
-    problem = check(recipe, x, x_sf, topk_idx, topk_weights, experts, stats)
-    arith = arith or compiled_arith(problem.device)
+    dimensions = check(recipe, x, x_sf, topk_idx, topk_weights, experts, stats)
+    arith = arith or compiled_arith(dimensions.device)
 
     where = dispatch.routes(topk_idx)
     weight = torch.cat(list(topk_weights))[where.row, where.slot]  # [n]
@@ -69,8 +69,8 @@ def moe_layer(
         recipe, where, l1_acts, l1_acts_sf, weight, weights, arith, trace, progress
     )
 
-    y = combine(recipe, slots, where, weight, problem.tokens, problem.topk, arith)  # Eq. (8)  [T_r, H]
-    counts = accumulate(stats, where, problem.ranks, problem.experts_per_rank)  # Eq. (9)  [E_loc]
+    y = combine(recipe, slots, where, weight, dimensions.tokens, dimensions.topk, arith)  # Eq. (8)  [T_r, H]
+    counts = accumulate(stats, where, dimensions.ranks, dimensions.experts_per_rank)  # Eq. (9)  [E_loc]
     if not trace:
         return LayerResult(y, counts)
     stages = {**inner, "l1_acts": l1_acts, "l1_acts_sf": l1_acts_sf, "slots": slots}

@@ -45,6 +45,16 @@ def ring_row(block: Index, row_in_block: Index, ring_blocks: int) -> Index:
     return block % ring_blocks * BLOCK_M + row_in_block
 
 
+def owner(expert: Index, experts_local: int) -> Index:
+    """Rank of an expert of the layer: ranks own experts in ascending order, `experts_local` each."""
+    return expert // experts_local
+
+
+def local(expert: Index, experts_local: int) -> Index:
+    """Number of an expert of the layer among those of its rank."""
+    return expert % experts_local
+
+
 def entry_of(token: Index, slot: Index, topk: int) -> Index:
     """The number by which ranks name an active slot of a source rank: token * K + slot."""
     return token * topk + slot

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from megaproof.quant.recipe import Recipe
 from megaproof.quant.twin import arith as compiled_arith
-from megaproof.reference import dispatch
-from megaproof.reference.arguments import BLOCK, ArgumentError, Problem, Weights, check, check_source
+from megaproof.reference import dispatch, layout
+from megaproof.reference.arguments import BLOCK, ArgumentError, Dimensions, Weights, check, check_source
 from megaproof.reference.combine import combine
 from megaproof.reference.dispatch import Routes
 from megaproof.reference.exchange import Exchange, ExchangeError, lockstep, pack, unpack
@@ -48,7 +48,7 @@ class RankResult:
 def rank_layer(
     exchange: Exchange,
     rank: int,
-    problem: Problem,
+    dimensions: Dimensions,
     recipe: Recipe,
     x: Tensor,
     x_sf: Tensor,
@@ -64,40 +64,40 @@ def rank_layer(
     """The layer of one rank, bit for bit that of `moe_layer`.
 
     This rank's tensors: x uint8 [T_r, H], x_sf float32 [T_r, H/128], topk_idx int64 [T_r, K], topk_weights float32
-    [T_r, K], stats int32 [E_loc] or None; weights(e) is asked for its own experts. Of problem it uses what all ranks
+    [T_r, K], stats int32 [E_loc] or None; weights(e) is asked for its own experts. Of dimensions it uses what all ranks
     agree on, not the other ranks' tokens. trace, arith and progress as in `moe_layer`.
 
     Raises `ArgumentError` when the rank's tensors break a rule, `ExchangeError` when what it received does.
     """
-    mine = check(recipe, [x], [x_sf], [topk_idx], [topk_weights], problem.experts, None)
-    if (mine.hidden, mine.topk) != (problem.hidden, problem.topk):
-        raise ArgumentError(f"rank {rank} has hidden = {mine.hidden}, topk = {mine.topk}; the others: {problem}")
+    mine = check(recipe, [x], [x_sf], [topk_idx], [topk_weights], dimensions.experts, None)
+    if (mine.hidden, mine.topk) != (dimensions.hidden, dimensions.topk):
+        raise ArgumentError(f"rank {rank} has hidden = {mine.hidden}, topk = {mine.topk}; the others: {dimensions}")
     check_source(weights)
-    arith = arith or compiled_arith(problem.device)
+    arith = arith or compiled_arith(dimensions.device)
 
     own = dispatch.routes([topk_idx])  # n of them
     own = dataclasses.replace(own, rank=torch.full_like(own.rank, rank))
     weight = topk_weights[own.token, own.slot]  # [n]
     acts, acts_sf = dispatch.pull([x], [x_sf], own)  # Eq. (1)  [n, H]
     place = torch.stack([own.token, own.slot, own.expert], dim=1).to(torch.int32)
-    target = own.expert // problem.experts_per_rank
+    target = layout.owner(own.expert, dimensions.experts_per_rank)
     there = [
         pack(acts[to], acts_sf[to], place[to], weight[to, None])
-        for to in (_where(target, other) for other in range(problem.ranks))
+        for to in (_where(target, other) for other in range(dimensions.ranks))
     ]
-    where, came_weight, l1_acts, l1_acts_sf = _received(rank, problem, exchange.all_to_all(there))  # m of them
+    where, came_weight, l1_acts, l1_acts_sf = _received(rank, dimensions, exchange.all_to_all(there))  # m of them
 
     inner, out = through_experts(  # Eq. (2) to (7)  l2_acts [m, I], l2_acts_sf [m, I/group]; [m, H]
         recipe, where, l1_acts, l1_acts_sf, came_weight, weights, arith, trace, progress
     )
 
     address = torch.stack([where.token, where.slot], dim=1).to(torch.int32)
-    back = [pack(out[to], address[to]) for to in (_where(where.rank, other) for other in range(problem.ranks))]
-    slots = _slots(own, problem, exchange.all_to_all(back))  # [n, H]
-    (y,) = combine(recipe, slots, own, weight, (x.shape[0],), problem.topk, arith)  # Eq. (8)  [T_r, H]
-    local = dataclasses.replace(where, expert=where.expert - rank * problem.experts_per_rank)
+    back = [pack(out[to], address[to]) for to in (_where(where.rank, other) for other in range(dimensions.ranks))]
+    slots = _slots(own, dimensions, exchange.all_to_all(back))  # [n, H]
+    (y,) = combine(recipe, slots, own, weight, (x.shape[0],), dimensions.topk, arith)  # Eq. (8)  [T_r, H]
+    here = dataclasses.replace(where, expert=layout.local(where.expert, dimensions.experts_per_rank))
     before = None if stats is None else [stats]
-    (counts,) = accumulate(before, local, 1, problem.experts_per_rank)  # Eq. (9)  [E_loc]
+    (counts,) = accumulate(before, here, 1, dimensions.experts_per_rank)  # Eq. (9)  [E_loc]
 
     sent = torch.tensor([[len(message) for message in messages] for messages in (there, back)])
     if not trace:
@@ -111,28 +111,28 @@ def _where(values: Tensor, value: int) -> Tensor:
     return (values == value).nonzero().squeeze(1)
 
 
-def _received(rank: int, problem: Problem, messages: Sequence[Tensor]) -> tuple[Routes, Tensor, Tensor, Tensor]:
+def _received(rank: int, dimensions: Dimensions, messages: Sequence[Tensor]) -> tuple[Routes, Tensor, Tensor, Tensor]:
     """(routes, routing weight [m], l1_acts [m, H], l1_acts_sf [m, H/128]) of the rows that came; ascending (rank,
     token, slot), since each source sent its own in that order."""
-    hidden = problem.hidden
+    hidden = dimensions.hidden
     columns = ((torch.uint8, hidden), (torch.float32, hidden // BLOCK), (torch.int32, 3), (torch.float32, 1))
     parts = [unpack(message, *columns) for message in messages]
     acts, acts_sf, place, weight = (torch.cat(column) for column in zip(*parts, strict=True))
     token, slot, expert = place.long().unbind(1)
-    stray = expert // problem.experts_per_rank != rank
+    stray = layout.owner(expert, dimensions.experts_per_rank) != rank
     if bool(stray.any()):
         raise ExchangeError(f"rank {rank} received a row for expert {int(expert[stray][0])}, which lives elsewhere")
     counts = torch.tensor([len(part[0]) for part in parts], device=token.device)
-    source = torch.arange(problem.ranks, device=token.device).repeat_interleave(counts)
+    source = torch.arange(dimensions.ranks, device=token.device).repeat_interleave(counts)
     row = torch.arange(len(token), device=token.device)  # the rows' own order: here no tokens stand behind them
     return Routes(source, token, slot, expert, row), weight.squeeze(1), acts, acts_sf
 
 
-def _slots(own: Routes, problem: Problem, messages: Sequence[Tensor]) -> Tensor:
+def _slots(own: Routes, dimensions: Dimensions, messages: Sequence[Tensor]) -> Tensor:
     """bfloat16 [n, H]: each row that came back, in its slot. Raises `ExchangeError` for a slot not filled once."""
-    parts = [unpack(message, (torch.bfloat16, problem.hidden), (torch.int32, 2)) for message in messages]
+    parts = [unpack(message, (torch.bfloat16, dimensions.hidden), (torch.int32, 2)) for message in messages]
     rows, address = (torch.cat(column) for column in zip(*parts, strict=True))
-    order = _order(address.long(), problem.topk)
+    order = _order(address.long(), dimensions.topk)
     if not torch.equal(address.long()[order], torch.stack([own.token, own.slot], dim=1)):
         raise ExchangeError(f"{len(rows)} rows came back for {len(own)} slots, or not one for each")
     return rows[order]
@@ -146,7 +146,7 @@ def _order(places: Tensor, topk: int) -> Tensor:
     return torch.argsort(key, stable=True)
 
 
-def gather(problem: Problem, results: Sequence[RankResult]) -> LayerResult:
+def gather(dimensions: Dimensions, results: Sequence[RankResult]) -> LayerResult:
     """The ranks' results as `moe_layer` returns them, trace included where the ranks kept theirs.
 
     Raises `ExchangeError` when the rows that experts received are not the rows that were routed.
@@ -156,7 +156,7 @@ def gather(problem: Problem, results: Sequence[RankResult]) -> LayerResult:
     if not traces:
         return LayerResult(y, stats)
     rows, received = (torch.cat([trace[name] for trace in traces]) for name in ("rows", "received"))
-    order = _order(received, problem.topk)
+    order = _order(received, dimensions.topk)
     if not torch.equal(received[order], rows):
         raise ExchangeError(f"{len(rows)} rows were routed and {len(received)} received, or not the same ones")
 
@@ -189,11 +189,11 @@ def run_ranks(
     progress counts the experts of one rank at a time. An exception in a rank ends the others and is raised with a note
     that names the rank.
     """
-    problem = check(recipe, x, x_sf, topk_idx, topk_weights, experts, stats)
+    dimensions = check(recipe, x, x_sf, topk_idx, topk_weights, experts, stats)
 
     def work(exchange: Exchange, rank: int) -> RankResult:
         own = (x[rank], x_sf[rank], topk_idx[rank], topk_weights[rank], weights)
         own_stats = None if stats is None else stats[rank]
-        return rank_layer(exchange, rank, problem, recipe, *own, own_stats, trace, arith=arith, progress=progress)
+        return rank_layer(exchange, rank, dimensions, recipe, *own, own_stats, trace, arith=arith, progress=progress)
 
-    return gather(problem, lockstep(problem.ranks, work))
+    return gather(dimensions, lockstep(dimensions.ranks, work))

@@ -21,6 +21,7 @@ from megaproof.cases.inputs.lattice import make_lattice
 from megaproof.cases.inputs.position import make_position
 from megaproof.quant import philox
 from megaproof.reference.arguments import Weights
+from megaproof.reference.layout import owner
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def _one_hot(case: Case, key: Tensor) -> Tensor:
 def _one_rank(case: Case, key: Tensor) -> Tensor:
     """Every slot goes to the experts of one rank."""
     local = case.shape.experts_per_rank(case.ranks)
-    key[:, torch.arange(case.shape.experts) // local != case.ranks // 2] += 1 << 40
+    key[:, owner(torch.arange(case.shape.experts), local) != case.ranks // 2] += 1 << 40
     return key
 
 

@@ -12,8 +12,8 @@ from megaproof.kernel.host.buffer import BufferSize
 from megaproof.kernel.host.sizes import BLOCK_M, check_recipe
 from megaproof.proof.adapters import Prepared
 from megaproof.quant.recipe import Recipe, RecipeError
+from megaproof.reference import layout
 from megaproof.reference.dispatch import routes
-from megaproof.reference.layout import pool_rows
 from megaproof.reference.stages import POOL_STAGES, STAGES
 
 FP8 = torch.float8_e4m3fn
@@ -97,8 +97,8 @@ class MegaproofAdapter:
         found: dict[str, list[Tensor]] = {name: [] for name in (*POOL_STAGES, "place")}
         for rank in range(case.ranks):
             views = self._buffer.rank(rank)
-            received = where.expert[where.expert // local == rank] - rank * local
-            rows, expert = pool_rows(torch.bincount(received, minlength=local), BLOCK_M)
+            received = layout.local(where.expert[layout.owner(where.expert, local) == rank], local)
+            rows, expert = layout.pool_rows(torch.bincount(received, minlength=local), BLOCK_M)
             source, slot_row = views.pool_source[rows].long().unbind(1)
             capacity, topk = self._buffer.size.capacity, case.shape.topk
             entry = slot_row % capacity * topk + slot_row // capacity

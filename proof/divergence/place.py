@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megaproof.cases.cases import Case
 from megaproof.quant.cast import BLOCK
+from megaproof.reference.layout import local, owner
 from megaproof.reference.stages import STAGES, Stage
 
 GROUP = 64
@@ -46,7 +47,7 @@ def slot_rows(case: Case, topk_idx: Sequence[Tensor]) -> Rows:
     order = torch.argsort(expert, stable=True)
     place = torch.empty_like(expert)
     place[order] = torch.arange(len(expert)) - (counts.cumsum(0) - counts)[expert[order]]
-    destination = expert // case.shape.experts_per_rank(case.ranks)
+    destination = owner(expert, case.shape.experts_per_rank(case.ranks))
     return Rows(rank, token, slot, expert, destination, place, counts[expert])
 
 
@@ -61,7 +62,7 @@ def token_rows(case: Case) -> Rows:
 def expert_rows(case: Case) -> Rows:
     """The experts, rank after rank."""
     expert = torch.arange(case.shape.experts)
-    rank = expert // case.shape.experts_per_rank(case.ranks)
+    rank = owner(expert, case.shape.experts_per_rank(case.ranks))
     none = torch.full_like(expert, -1)
     return Rows(rank, none, none, expert, rank, none, none)
 
@@ -128,7 +129,7 @@ def place(case: Case, stage: Stage, rows: Rows, row: int, column: int) -> Place:
     expert_row = at(rows.expert_row)
     reads = stage.read_by is not None
     if stage.rows == "expert":  # the column is the expert's number on its rank
-        column = int(rows.expert[row]) % case.shape.experts_per_rank(case.ranks)
+        column = local(int(rows.expert[row]), case.shape.experts_per_rank(case.ranks))
     return Place(
         row,
         column,

@@ -20,7 +20,7 @@ from megaproof.quant import atoms, scale, twin
 from megaproof.quant.cast import BLOCK, group_amax
 from megaproof.quant.formats import f32_bits, f32_from_bits, pow2
 from megaproof.quant.recipe import Recipe
-from megaproof.reference import gemm, swiglu
+from megaproof.reference import gemm, layout, swiglu
 from megaproof.reference.arguments import Weights, check
 from megaproof.reference.layer import moe_layer
 
@@ -173,7 +173,9 @@ def _routes(chosen: list[int], factors: Tensor, rank: int, token: int, local: in
         if e < 0:
             section.say(f"slot {k}: masked", "no row, and its routing weight is never read")
         else:
-            section.put(f"slot {k}: expert {e}, rank {e // local}", factors[k], "routing weight", f"slot{k}.weight")
+            section.put(
+                f"slot {k}: expert {e}, rank {layout.owner(e, local)}", factors[k], "routing weight", f"slot{k}.weight"
+            )
     return section
 
 

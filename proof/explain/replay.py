@@ -18,6 +18,7 @@ from megaproof.cases.cases import Case
 from megaproof.proof.bundle import Bundle
 from megaproof.proof.explain.anatomy import Section, hexadecimal
 from megaproof.proof.explain.derive import ExplainError, Explanation, Question, explain
+from megaproof.reference import layout
 from megaproof.reference.dispatch import routes
 from megaproof.reference.stages import STAGES, Stage
 from megaproof.reference.stats import accumulate
@@ -52,14 +53,15 @@ def of_expert(case: Case, expert: int) -> Told:
         raise ExplainError(f"expert = {expert} must be in [0, {case.shape.experts})")
     where = routes(inputs.make(case).topk_idx)
     local = case.shape.experts_per_rank(case.ranks)
-    section = Section(f"Statistics expert {expert}, local expert {expert % local} of rank {expert // local}", "Eq. (9)")
+    rank_of, number = layout.owner(expert, local), layout.local(expert, local)
+    section = Section(f"Statistics expert {expert}, local expert {number} of rank {rank_of}", "Eq. (9)")
     triples = where.triples()[where.of_expert(expert)].tolist()
     for count, (rank, token, slot) in enumerate(triples, start=1):
         section.say(f"rank {rank}, token {token}, slot {slot}", f"count {count}")
-    counted = accumulate(None, where, case.ranks, local)[expert // local][expert % local]
+    counted = accumulate(None, where, case.ranks, local)[rank_of][number]
     section.put("received", counted, key="stats")
     holds = int(counted) == len(triples)
-    place = f"stats[{expert // local}][{expert % local}] of the layer"
+    place = f"stats[{rank_of}][{number}] of the layer"
     verdict = f"equals {place}: {hexadecimal(counted)}"
     return Told(case, [section], [verdict if holds else f"counted {len(triples)}, but {place} is {counted}"], holds)
 

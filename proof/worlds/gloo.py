@@ -30,7 +30,7 @@ from megaproof.cases import inputs
 from megaproof.cases.cases import Case, find
 from megaproof.cases.compare import Differs, same
 from megaproof.proof.worlds.rank_process import case_to_json
-from megaproof.reference.arguments import Problem
+from megaproof.reference.arguments import Dimensions
 from megaproof.reference.layer import LayerResult, moe_layer
 from megaproof.reference.ranks import RankResult, gather
 from megaproof.reference.stages import STAGES
@@ -74,8 +74,8 @@ def run_processes(
 ) -> LayerResult:
     """The traced layer of a case, computed by one process a rank; see `rank_results` for arguments and errors."""
     shape = case.shape
-    problem = Problem(case.ranks, shape.hidden, shape.topk, shape.experts, case.tokens, torch.device("cpu"))
-    return gather(problem, rank_results(case, timeout_s, before, device))
+    dimensions = Dimensions(case.ranks, shape.hidden, shape.topk, shape.experts, case.tokens, torch.device("cpu"))
+    return gather(dimensions, rank_results(case, timeout_s, before, device))
 
 
 def rank_results(
@@ -242,8 +242,10 @@ def gloo_command(
 
     made = inputs.make(case, "cuda" if torch.cuda.is_available() else "cpu")
     expected = moe_layer(case.recipe, *made.arguments(), trace=True, experts=case.shape.experts)
-    problem = Problem(case.ranks, case.shape.hidden, case.shape.topk, case.shape.experts, case.tokens, made.x[0].device)
-    actual, differing, compared = gather(problem, results), 0, 0
+    dimensions = Dimensions(
+        case.ranks, case.shape.hidden, case.shape.topk, case.shape.experts, case.tokens, made.x[0].device
+    )
+    actual, differing, compared = gather(dimensions, results), 0, 0
     assert expected.trace is not None
     assert actual.trace is not None
     console.print(f"{case.id}: {case.ranks} processes over gloo, {seconds:.1f} s")

@@ -32,7 +32,7 @@ from megaproof.cases.cases import Case
 from megaproof.quant import twin
 from megaproof.quant.recipe import Recipe
 from megaproof.quant.shapes import Shape
-from megaproof.reference.arguments import Problem
+from megaproof.reference.arguments import Dimensions
 from megaproof.reference.exchange import Exchange, check_messages
 from megaproof.reference.ranks import RankResult, rank_layer
 
@@ -118,9 +118,9 @@ def run(folder: Path, rank: int, job: dict[str, Any], case: Case, before: Before
     made = inputs.make(case, job["device"])
     x, x_sf, topk_idx, topk_weights = (tensors[rank] for tensors in made.arguments()[:4])
     shape = case.shape
-    problem = Problem(case.ranks, shape.hidden, shape.topk, shape.experts, case.tokens, x.device)
+    dimensions = Dimensions(case.ranks, shape.hidden, shape.topk, shape.experts, case.tokens, x.device)
     own = (x, x_sf, topk_idx, topk_weights, made.weights)
-    write_result(folder, rank, rank_layer(exchange, rank, problem, case.recipe, *own, trace=True))
+    write_result(folder, rank, rank_layer(exchange, rank, dimensions, case.recipe, *own, trace=True))
     gloo.leave()
 
 

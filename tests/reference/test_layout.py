@@ -33,6 +33,13 @@ def test_pool_rows_by_hand() -> None:
     assert layout.first_rows(torch.tensor([[2, 0], [0, 7], [1, 130]])).tolist() == [[0, 128], [2, 128], [2, 135]]
 
 
+def test_experts_belong_to_ranks_in_ascending_order() -> None:
+    experts = torch.arange(6)
+    assert layout.owner(experts, 3).tolist() == [0, 0, 0, 1, 1, 1]
+    assert layout.local(experts, 3).tolist() == [0, 1, 2, 0, 1, 2]
+    assert (layout.owner(5, 2), layout.local(5, 2)) == (2, 1)
+
+
 @given(COUNTS)
 def test_sources_share_the_rows_of_an_expert(counts: list[list[int]]) -> None:
     sent = torch.tensor(counts)

@@ -15,7 +15,7 @@ from megaproof.cases import inputs
 from megaproof.cases.cases import Case
 from megaproof.quant.recipe import RECIPES, Recipe
 from megaproof.quant.shapes import SHAPES, Shape
-from megaproof.reference.arguments import ArgumentError, Problem
+from megaproof.reference.arguments import ArgumentError, Dimensions
 from megaproof.reference.exchange import Exchange, ExchangeError, lockstep, pack, unpack
 from megaproof.reference.layer import LayerResult, moe_layer
 from megaproof.reference.ranks import RankResult, gather, rank_layer, run_ranks
@@ -117,7 +117,7 @@ def test_any_routing(topk_idx: list[list[list[int]]]) -> None:
 
 SMALL = Shape("small", hidden=128, intermediate=128, experts=8, topk=3)
 CASE = Case(SMALL, (4, 0, 3, 2), masked=30)
-PROBLEM = Problem(4, 128, 3, 8, CASE.tokens, torch.device("cpu"))
+DIMENSIONS = Dimensions(4, 128, 3, 8, CASE.tokens, torch.device("cpu"))
 
 
 class Changing:
@@ -141,7 +141,7 @@ def results(
         if change and rank == 2:
             exchange = Changing(exchange, call, change)
         own = [tensors[rank] for tensors in made.arguments()[:4]]
-        return rank_layer(exchange, rank, PROBLEM, CASE.recipe, *own, weights or made.weights, trace=True)
+        return rank_layer(exchange, rank, DIMENSIONS, CASE.recipe, *own, weights or made.weights, trace=True)
 
     return lockstep(4, work)
 
@@ -155,7 +155,7 @@ def test_a_rank_asks_for_its_own_experts_alone() -> None:
             return made.weights(e)
 
         own = [tensors[rank] for tensors in made.arguments()[:4]]
-        return rank_layer(exchange, rank, PROBLEM, CASE.recipe, *own, weights)
+        return rank_layer(exchange, rank, DIMENSIONS, CASE.recipe, *own, weights)
 
     lockstep(4, work)
     used = {int(e) for idx in made.topk_idx for e in idx.flatten() if e >= 0}
@@ -203,7 +203,7 @@ def test_rows_that_never_arrived_are_seen_when_results_are_gathered() -> None:
     assert whole[1].trace is not None
     short = {name: tensor[1:] if name != "slots" else tensor for name, tensor in whole[1].trace.items()}
     with pytest.raises(ExchangeError, match="were routed and"):
-        gather(PROBLEM, [whole[0], RankResult(whole[1].y, whole[1].stats, whole[1].sent, short), *whole[2:]])
+        gather(DIMENSIONS, [whole[0], RankResult(whole[1].y, whole[1].stats, whole[1].sent, short), *whole[2:]])
 
 
 def test_pack_and_unpack() -> None:
