@@ -4,56 +4,20 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
 
 from megaproof import moved
-from megaproof.bench.measure import phases
-from megaproof.bench.model.roofline import CHIPS
-from megaproof.kernel import api
-from megaproof.kernel.host.sizes import ring_bytes, shared_bytes
-from megaproof.kernel.programs import dense, grouped, probe, stream
-from megaproof.quant import twin_gpu
-from megaproof.toolchain import sass
-from megaproof.toolchain.build import BuildError, Built, EnvironmentMissing, write_pins
+from megaproof.kernel.programs import PINS, PROGRAMS
+from megaproof.toolchain import gate, sass
+from megaproof.toolchain.build import Built
+from megaproof.toolchain.errors import BuildError, EnvironmentMissing
+from megaproof.toolchain.program import Program
 
-
-@dataclass(frozen=True)
-class Target:
-    """A cubin, and what is expected of its kernels."""
-
-    compile: Callable[[], Built]
-    shared: Callable[[str], int | None] = lambda entry: None
-    """Dynamic shared memory of a kernel; the sources assert that it is sizeof of their storage."""
-    gemm: tuple[str, ...] = ()
-    """How the names of kernels on the tensor core begin. The twin predicts it and must not use it; sweeps need none."""
-    roles: bool = False
-    """Whether its warpgroups share out registers (setmaxnreg)."""
-    static: int | None = None
-    """Bytes of static shared memory; None: whatever the compiler says. The meetings of barrier.cuh have a few words, of
-    which the alignment of the dynamic part makes 1,024."""
-    gated: bool = True
-    """Whether the gate judges it: what is never shipped may spill."""
-
-
-TARGETS: dict[str, Target] = {
-    "probes": Target(probe.compile_probes, gemm=("wgmma_",)),
-    "twin": Target(twin_gpu.compile_twin),
-    "dense": Target(dense.compile_dense, lambda entry: ring_bytes(), ("dense_",), True, 0),
-    "grouped": Target(grouped.compile_grouped, lambda entry: ring_bytes(), ("grouped_",), True, 0),
-    "moe": Target(api.compile_moe, lambda entry: shared_bytes(), ("moe_",), True, 1024),
-    "moe_g128": Target(partial(api.compile_moe, 128), lambda entry: shared_bytes(), ("moe_",), True, 1024),
-    "stream": Target(stream.compile_stream, lambda entry: stream.SHARED_BYTES),
-    "phases": Target(phases.compile_phases, lambda entry: shared_bytes(), ("moe_",), True, 1024, gated=False),
-}
-"""Ranks and SMs are run-time values, and one tile serves all shapes: the fused kernel is a cubin a granularity."""
-
-SMS = {name: chip.sms for name, chip in CHIPS.items()}
-"""What every configuration is for: nothing in it depends on the chip."""
+SMS = {"H200": 132, "H20": 78}
+"""SMs of the chips that every configuration is for: nothing in it depends on the chip."""
 UNCHECKED = "not checked"
 """How the word on SASS begins where there is no disassembler."""
 
@@ -68,31 +32,30 @@ def commands() -> None:
     """
 
 
-def examine(name: str, built: Built) -> tuple[list[dict[str, Any]], list[str]]:
-    """(the configurations of a compiled target as JSON, what the gate refuses in them); SASS where nvdisasm is."""
-    target = TARGETS[name]
+def examine(program: Program, built: Built) -> tuple[list[dict[str, Any]], list[str]]:
+    """(the kernels of a compiled program as JSON, what the gate refuses in them); SASS where nvdisasm is."""
     try:
         figures = sass.disassemble(built.cubin)
     except EnvironmentMissing:
         figures = None
     rows, faults = [], []
     for entry, report in built.report.entries.items():
-        row: dict[str, Any] = {"target": name, "entry": entry, **asdict(report), "shared_dynamic": target.shared(entry)}
+        row: dict[str, Any] = {"target": program.name, "entry": entry}
+        row |= {**asdict(report), "shared_dynamic": program.shared}
         row |= {"registers_by_role": None, "threads_by_role": None, "qgmma": None}
         if figures is not None:
             found = figures[entry]
-            if target.gated:
-                gemm = entry.startswith(target.gemm)
-                faults += sass.faults(entry, report, found, gemm, target.roles, row["shared_dynamic"], target.static)
-            row |= {"registers_by_role": found.registers_by_role() or None, "qgmma": found.qgmma}
-            row["threads_by_role"] = sass.THREADS_BY_ROLE if target.roles else None
+            if program.gated:
+                faults += gate.sass_faults(program, entry, report, found)
+            row |= {"registers_by_role": found.registers_by_role(program.roles) or None, "qgmma": found.qgmma}
+            row["threads_by_role"] = dict(program.roles) or None
         rows.append(row | {"chips": SMS, "sha256": built.sha256, "nvrtc": built.nvrtc})
     return rows, faults
 
 
 @app.command("build")
 def build_command(
-    targets: Annotated[list[str] | None, typer.Argument(help=f"Targets: {', '.join(TARGETS)}.")] = None,
+    targets: Annotated[list[str] | None, typer.Argument(help=f"Targets: {', '.join(PROGRAMS)}.")] = None,
     every: Annotated[bool, typer.Option("--all", help="Every target.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")] = False,
     pin: Annotated[bool, typer.Option("--pin", help="With --all: writes the digests to cubins.json.")] = False,
@@ -105,10 +68,10 @@ def build_command(
 
     Exit status: 0 passed, 1 refused, 2 usage, 3 environment, also where SASS could not be checked.
     """
-    names = list(TARGETS) if every else targets or []
-    unknown = [name for name in names if name not in TARGETS]
+    names = list(PROGRAMS) if every else targets or []
+    unknown = [name for name in names if name not in PROGRAMS]
     if unknown or not names:
-        raise typer.BadParameter(f"{', '.join(unknown) or 'no target'}: name one of {', '.join(TARGETS)}, or --all")
+        raise typer.BadParameter(f"{', '.join(unknown) or 'no target'}: name one of {', '.join(PROGRAMS)}, or --all")
     if pin and not every:
         raise typer.BadParameter("--pin goes with --all: all digests are of the same sources")
     try:
@@ -123,11 +86,10 @@ def build_command(
     failed: dict[str, str] = {}
     for name in names:
         try:
-            built = TARGETS[name].compile()
-            rows, faults = examine(name, built)
+            built = PROGRAMS[name].compile()
+            rows, faults = examine(PROGRAMS[name], built)
             configurations += rows
-            if faults:
-                raise BuildError("compile gate: " + "; ".join(faults))
+            gate.refuse(faults)
         except EnvironmentMissing as error:
             print(f"environment: {error}", file=sys.stderr)
             raise typer.Exit(3) from error
@@ -137,13 +99,13 @@ def build_command(
             continue
         pins[name] = built.pin()
         if not as_json:
-            verdict = "gate passed" if TARGETS[name].gated else "not gated"
+            verdict = "gate passed" if PROGRAMS[name].gated else "not gated"
             print(f"{name}: cubin {built.sha256[:16]}, {len(built.cubin)} bytes, NVRTC {built.nvrtc}, {verdict}")
             for row in rows:
                 print(_line(row))
     if pin and not failed:
         try:
-            write_pins(pins)
+            PINS.write(pins)
         except BuildError as error:
             failed["pin"] = str(error)
             print(f"pin: {error}", file=sys.stderr)

@@ -7,8 +7,6 @@
 
 from __future__ import annotations
 
-import ctypes
-from functools import cache
 from typing import Any
 
 import torch
@@ -17,15 +15,13 @@ from torch import Tensor
 from megaproof.kernel.host import checks, plans
 from megaproof.kernel.host.buffer import BufferSize, RankViews
 from megaproof.kernel.host.groups import VirtualGroup, local_group
-from megaproof.kernel.host.params import Params
-from megaproof.kernel.host.sizes import ConfigError, shared_bytes
+from megaproof.kernel.host.sizes import ConfigError
 from megaproof.kernel.host.symm_buffer import SymmBuffer
 from megaproof.kernel.host.timeout import KernelTimeout
 from megaproof.kernel.host.weights import tiled, w1_rows, w2_rows
 from megaproof.quant.recipe import Recipe, RecipeError
-from megaproof.toolchain import build
-from megaproof.toolchain.build import EnvironmentMissing
-from megaproof.toolchain.launch import Library, require_device
+from megaproof.toolchain.errors import EnvironmentMissing
+from megaproof.toolchain.launch import require_device
 
 __all__ = [
     "TIMEOUT_S",
@@ -41,27 +37,8 @@ __all__ = [
     "get_symm_buffer_for_mega_moe",
     "transform_weights_for_mega_moe_sm90",
 ]
-SOURCES = ("moe_sm90.cu",)
-ENTRIES = ("moe_fast", "moe_precise")
 TIMEOUT_S = 10.0
 """Seconds that a role of the kernel waits before it gives up; read at every call."""
-
-
-def defines(granularity: int) -> dict[str, int]:
-    """The macros of the kernel's sources, which assert the sizes."""
-    return {"SHARED_BYTES": shared_bytes(), "PARAMS_BYTES": ctypes.sizeof(Params), "GRANULARITY": granularity}
-
-
-def compile_moe(granularity: int = 64) -> build.Built:
-    """The gated cubin for one of `config.GRANULARITIES`; needs NVRTC but no GPU."""
-    built = build.build(SOURCES, ENTRIES, defines=defines(granularity))
-    build.gate(built)
-    return built
-
-
-@cache
-def _library(granularity: int) -> Library:
-    return Library(compile_moe(granularity).cubin)
 
 
 # --- before the first launch ------------------------------------------------------------------------------------------
@@ -200,4 +177,4 @@ def fp8_mega_moe(
     if sym_buffer.group is None:
         ys, l1s, l2s, stats = (ys,), (l1s,), (l2s,), None if stats is None else (stats,)
     plan = plans.plan_of(sym_buffer, chosen, l1s, l2s, ys, stats, check)
-    plan.launch(_library, TIMEOUT_S)
+    plan.launch(sym_buffer.program, TIMEOUT_S)

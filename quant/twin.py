@@ -21,7 +21,7 @@ def _choose(kind: str) -> tuple[ModuleType, str]:
         if kind == "cuda":
             from megaproof.quant import twin_gpu
 
-            twin_gpu.compile_twin()
+            twin_gpu.PROGRAM.compile()
             return twin_gpu, twin_gpu.NAME
         from megaproof.quant import twin_cpu
 

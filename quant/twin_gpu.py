@@ -7,7 +7,6 @@ special-function unit: it predicts them.
 from __future__ import annotations
 
 import ctypes
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -15,11 +14,15 @@ from torch import Tensor
 
 from megaproof.quant import atoms, tables
 from megaproof.quant.philox import check, check_lut
-from megaproof.toolchain import build, launch
+from megaproof.toolchain.program import Program
 
 NAME = "NVRTC on the GPU"
-SOURCE = Path(__file__).with_name("twin.cu")
-ENTRIES = ("wgmma_chain", "philox_codes", "map_fma", "map_silu_fast")
+PROGRAM = Program(
+    name="twin",
+    sources=(Path(__file__).with_name("twin.cu").resolve(),),
+    entries=("wgmma_chain", "philox_codes", "map_fma", "map_silu_fast"),
+)
+"""It predicts the tensor core and must not use it, so none of its kernels is a `gemm`."""
 _TILE, _THREADS, _WAVE = 64, 256, 132 * 8
 
 
@@ -58,18 +61,6 @@ class _CodesParams(ctypes.Structure):
     ]
 
 
-def compile_twin() -> build.Built:
-    """The twin's gated cubin; needs NVRTC but no GPU."""
-    built = build.build([SOURCE], ENTRIES)
-    build.gate(built)
-    return built
-
-
-@cache
-def _library() -> launch.Library:
-    return launch.Library(compile_twin().cubin)
-
-
 def _map(name: str, x: Tensor, out_dtype: torch.dtype, y: Tensor | None = None, z: Tensor | None = None) -> Tensor:
     if not name.startswith("decode"):
         atoms.check_f32("x", x)
@@ -80,7 +71,7 @@ def _map(name: str, x: Tensor, out_dtype: torch.dtype, y: Tensor | None = None, 
     rcp, ex2 = (tables.load(table, device=x.device).data_ptr() for table in tables.NAMES)
     operands = [t.data_ptr() if t is not None else None for t in (x, y, z)]
     params = _MapParams(*operands, out.data_ptr(), x.numel(), rcp, ex2)
-    _library().kernel(f"map_{name}")(params, min(_WAVE, -(-x.numel() // _THREADS)), _THREADS)
+    PROGRAM.library().kernel(f"map_{name}")(params, min(_WAVE, -(-x.numel() // _THREADS)), _THREADS)
     return out
 
 
@@ -143,7 +134,7 @@ def wgmma_chain(a: Tensor, b: Tensor, c: Tensor | None = None) -> Tensor:
         pointers = (a.data_ptr(), b.data_ptr(), acc.data_ptr())
         params = _ChainParams(*pointers, a.stride(0), b.stride(0), rows, columns, depth)
         tiles = -(-rows // _TILE) * -(-columns // _TILE)
-        _library().kernel("wgmma_chain")(params, tiles, _THREADS)
+        PROGRAM.library().kernel("wgmma_chain")(params, tiles, _THREADS)
     return acc
 
 
@@ -165,5 +156,5 @@ def codes(seed: int, stream: int, count: int, lut: Tensor) -> Tensor:
     out = torch.empty(blocks * 16, dtype=torch.uint8, device=lut.device)
     if blocks:
         params = _CodesParams(lut.data_ptr(), out.data_ptr(), blocks, seed, stream)
-        _library().kernel("philox_codes")(params, min(_WAVE * 2, -(-blocks // _THREADS)), _THREADS)
+        PROGRAM.library().kernel("philox_codes")(params, min(_WAVE * 2, -(-blocks // _THREADS)), _THREADS)
     return out[:count]

@@ -1,7 +1,8 @@
-"""Sources to cubin through NVRTC, on any machine, with ptxas' report; and the gate that a cubin must pass.
+"""Source text to cubin through NVRTC, on any machine, with ptxas' report.
 
-No GPU, no CUDA toolkit and no include path are needed: sources include only files of this folder, and those are put
-into the text before it goes to the compiler. The flags are fixed: sm_90a, C++20, contraction off (each fma is written).
+No GPU, no CUDA toolkit and no include path are needed: sources include only files beside them, by relative paths, and
+those are put into the text before it goes to the compiler. The flags are fixed: sm_90a, C++20, contraction off (each
+fma is written).
 """
 
 from __future__ import annotations
@@ -12,23 +13,18 @@ import io
 import json
 import os
 import re
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megaproof import HOME
+from megaproof.toolchain import files
 from megaproof.toolchain.code import code_digests
-from megaproof.toolchain.files import replace
+from megaproof.toolchain.errors import BuildError, EnvironmentMissing
 
-FOLDER = HOME / "kernel"
 ARCH = "sm_90a"
 NVRTC_VERSION = "13.0.88"
 """The compiler that the pinned cubins come from (CUDA 13.0)."""
-PINS = FOLDER / "programs" / "cubins.json"
-"""Of every target the cubin's sha256, so that what was gated without a GPU is what runs, and the code digest of each
-entry, which measured results name."""
 
 _INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]+"([^"]+)"[ \t]*$', re.MULTILINE)
 _ENTRY = re.compile(r"Compiling entry function '([^']+)'")
@@ -36,14 +32,6 @@ _STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) b
 _USED = re.compile(r"Used (\d+) registers")
 _SHARED = re.compile(r"(\d+) bytes smem")
 _WARNING = re.compile(r"\(?(C75\d\d)\)?[^\n]*")
-
-
-class EnvironmentMissing(RuntimeError):
-    """A package, driver or device that is not there; one sentence saying what is needed (exit status 3)."""
-
-
-class BuildError(RuntimeError):
-    """A source that does not compile, or a cubin that does not pass the gate."""
 
 
 @dataclass(frozen=True)
@@ -86,35 +74,17 @@ class Built:
 
 
 def build(
-    sources: Iterable[str | Path],
-    entries: Iterable[str] = (),
-    options: Iterable[str] = (),
-    defines: Mapping[str, str | int] | None = None,
-    cache: bool = True,
-) -> Built:
-    """Compiles source files (names in kernel/, or paths), joined in order, into one cubin.
-
-    `entries` are kernel names that must be in it; `options` go to ptxas beside -v; `defines` are macros.
-    Raises BuildError with the compiler's log, EnvironmentMissing without NVRTC.
-    """
-    return build_text(joined(sources), entries, options, defines, cache)
-
-
-def joined(sources: Iterable[str | Path], without: Iterable[str] = ()) -> str:
-    """The text that is compiled: source files in order, included ones in their places but for those named `without`."""
-    seen = {(FOLDER / name).resolve() for name in without}
-    return "".join(_inlined(FOLDER / source, seen) for source in sources)
-
-
-def build_text(
     text: str,
     entries: Iterable[str] = (),
     options: Iterable[str] = (),
     defines: Mapping[str, str | int] | None = None,
     cache: bool = True,
 ) -> Built:
-    """As `build`, for source text; its includes are resolved in kernel/."""
-    text = _with_includes(text, FOLDER, set())
+    """Compiles source text, with its includes in place (see `joined`), into one cubin.
+
+    `entries` are kernel names that must be in it; `options` go to ptxas beside -v; `defines` are macros.
+    Raises BuildError with the compiler's log, EnvironmentMissing without NVRTC.
+    """
     macros = sorted((name, str(value)) for name, value in (defines or {}).items())
     flags = ["-v", *options]
     version = nvrtc_version()
@@ -131,17 +101,15 @@ def build_text(
     return built
 
 
-def gate(built: Built) -> None:
-    """Raises BuildError naming every kernel with a spill or a stack frame, and every C75xx message."""
-    faults = list(built.report.messages)
-    for name, entry in built.report.entries.items():
-        if entry.stack or entry.spill_stores or entry.spill_loads:
-            spills = f"{entry.spill_stores} bytes of spill stores, {entry.spill_loads} of spill loads"
-            faults.append(f"{name}: {entry.stack} bytes of stack, {spills}")
-    if not built.report.entries:
-        faults.append("the cubin holds no kernel")
-    if faults:
-        raise BuildError("compile gate: " + "; ".join(faults))
+def joined(sources: Iterable[Path], without: Iterable[Path] = ()) -> str:
+    """The text that is compiled: source files in order, included ones in their places but for the files `without`."""
+    seen = {path.resolve() for path in without}
+    return "".join(_inlined(path.resolve(), seen) for path in sources)
+
+
+def with_includes(text: str, folder: Path) -> str:
+    """A text that is in no file, with its includes in place; they are relative to `folder`."""
+    return _with_includes(text, folder, set())
 
 
 def parse_report(log: str) -> Report:
@@ -216,35 +184,6 @@ def _with_includes(text: str, folder: Path, seen: set[Path], name: str = "text")
     return _INCLUDE.sub(replace, text.replace("#pragma once", ""))
 
 
-def pinned_code() -> dict[str, dict[str, str]]:
-    """Target -> entry -> code digest, as they are pinned; needs no compiler."""
-    return {name: pin["code"] for name, pin in json.loads(PINS.read_text())["targets"].items()}
-
-
-def check_pins(found: Mapping[str, Mapping[str, Any]]) -> None:
-    """Target -> `Built.pin`. Raises BuildError naming those that differ from the pins, and what to do."""
-    pins = json.loads(PINS.read_text())
-    _check_version(pins["nvrtc"])
-    names = sorted(pins["targets"].keys() | found.keys())
-    if others := [name for name in names if pins["targets"].get(name) != found.get(name)]:
-        renew = "after a change of the sources, renew them: python -m kernel build --all --pin"
-        raise BuildError(f"cubins of {', '.join(others)} are not those of {PINS.name}; {renew}")
-
-
-def write_pins(found: Mapping[str, Mapping[str, Any]]) -> None:
-    """Pins targets, as `check_pins` takes them. Raises BuildError unless the compiler is the one that pins are of."""
-    _check_version(NVRTC_VERSION)
-    replace(PINS, (json.dumps({"nvrtc": NVRTC_VERSION, "targets": dict(found)}, indent=2) + "\n").encode())
-
-
-def _check_version(pinned: str) -> None:
-    if (version := nvrtc_version()) != pinned:
-        raise BuildError(
-            f"NVRTC is {version} and the pinned cubins are of {pinned}: another compiler gives other cubins, "
-            f"which were not gated; install nvidia-cuda-nvrtc=={pinned}"
-        )
-
-
 def cache_folder() -> Path:
     """Where cubins are kept, readable by their owner alone."""
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -273,9 +212,6 @@ def _to_cache(key: str, built: Built) -> None:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         folder.chmod(0o700)
         for suffix, data in ((".cubin", built.cubin), (".json", json.dumps(note).encode())):
-            handle, temporary = tempfile.mkstemp(dir=folder)
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-            os.replace(temporary, folder / f"{key}{suffix}")
+            files.replace(folder / f"{key}{suffix}", data, mode=0o600)
     except OSError:
         return

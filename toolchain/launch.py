@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from megaproof.toolchain.build import EnvironmentMissing
+from megaproof.toolchain.errors import EnvironmentMissing, LaunchError
 
 MIN_CUDA_DRIVER = 13000
 """cuDriverGetVersion of driver 580, the first that loads CUDA 13 cubins."""
@@ -23,10 +23,6 @@ STATIC_SHARED_LIMIT = 48 * 1024
 INVALID_CONTEXT = 201
 """CUDA_ERROR_INVALID_CONTEXT: what a thread gets that has not used the device yet."""
 _ONE_POINTER = ctypes.c_void_p * 1
-
-
-class LaunchError(RuntimeError):
-    """A call of the CUDA driver that failed, with its name and code."""
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,7 @@ def rows(size: Size, repeats: int) -> Iterator[dict[str, Any]]:
 
 def measure(sizes: list[Size], repeats: int) -> dict[str, Any]:
     """A result as it is written to JSON; progress goes to stderr. Raises EnvironmentMissing."""
-    code = {"dense": dense.compile_dense().code(*dense.ENTRIES)}
+    code = {"dense": dense.PROGRAM.compile().code()}
     result = {"what": what(repeats), **provenance(require_device(), code), "rows": []}
     for size in sizes:
         for row in rows(size, repeats):

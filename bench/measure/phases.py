@@ -22,24 +22,23 @@ import json
 import re
 import statistics
 import sys
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
-from unittest import mock
 
 import torch
 import typer
 from torch import Tensor
 
+from megaproof import HOME
 from megaproof.bench import files
 from megaproof.bench.measure import points
 from megaproof.bench.measure.load import ROUTINGS, Layer
 from megaproof.bench.measure.sweep import provenance
 from megaproof.bench.measure.timer import WARM_UPS, Timer, captured
-from megaproof.kernel import api
-from megaproof.toolchain import build
-from megaproof.toolchain.build import Built, EnvironmentMissing
-from megaproof.toolchain.launch import Library
+from megaproof.kernel.programs import moe
+from megaproof.toolchain.errors import BuildError, EnvironmentMissing
+from megaproof.toolchain.launch import require_device
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -63,27 +62,16 @@ TOKENS = "8,128,1024"
 
 def phase_names() -> tuple[str, ...]:
     """Those of the enum in phase.cuh, in words: kL1Epilogue is 'l1 epilogue'."""
-    found = re.search(r"enum Phase : u32 \{([^}]*)\}", (build.FOLDER / "phase.cuh").read_text())
+    found = re.search(r"enum Phase : u32 \{([^}]*)\}", (HOME / "kernel" / "phase.cuh").read_text())
     if found is None:
-        raise build.BuildError("phase.cuh has no enum Phase : u32")
+        raise BuildError("phase.cuh has no enum Phase : u32")
     names = [name.strip() for name in found[1].split(",")]
     if names[-1] != "kPhases":
-        raise build.BuildError(f"phase.cuh: the last phase is {names[-1]} and must be kPhases, their number")
+        raise BuildError(f"phase.cuh: the last phase is {names[-1]} and must be kPhases, their number")
     return tuple(re.sub(r"(?<=.)([A-Z])", r" \1", name[1:]).lower() for name in names[:-1])
 
 
 NAMES = phase_names()
-
-
-def compile_phases(*arguments: Any) -> Built:
-    """What `api.compile_moe` makes of the arguments, with marks. Not gated: it may spill, and is never shipped."""
-    plain = build.build
-
-    def marked(*args: Any, defines: dict[str, Any] | None = None, **options: Any) -> Built:
-        return plain(*args, defines={**(defines or {}), "PHASES": 1}, **options)
-
-    with mock.patch.object(build, "build", marked), mock.patch.object(build, "gate"):
-        return api.compile_moe(*arguments)
 
 
 def status_words(blocks: int) -> int:
@@ -126,7 +114,7 @@ def table(launches: list[Tensor], us: list[float]) -> Phases:
     """
     longest = [float(own.sum(-1).max()) for own in launches]
     if min(longest) <= 0:
-        raise build.BuildError("no phase took a cycle: the build has no marks, or no launch has run")
+        raise BuildError("no phase took a cycle: the build has no marks, or no launch has run")
     scaled = [own.double() * time / most for own, time, most in zip(launches, us, longest, strict=True)]
     mean = torch.stack(scaled).mean(0)
     wait, load = NAMES.index("wait"), NAMES.index("load")
@@ -161,14 +149,16 @@ def marking(buffer: SymmBuffer) -> Iterator[int]:
     """Launches on this buffer are of the build with marks; gives the blocks of a launch. The buffer has room for them
     from here on, and its plans are made anew."""
     ranks = buffer.size.ranks
-    blocks = api.require_device(buffer.device.index).sms // ranks * ranks
-    library = Library(compile_phases().cubin)
+    blocks = require_device(buffer.device.index).sms // ranks * ranks
+    shipped = buffer.program
     buffer.status = torch.zeros(status_words(blocks), dtype=torch.int32, device=buffer.device)
-    with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(api, "_library", return_value=library))
-        stack.callback(_forget, buffer)
-        _forget(buffer)
+    buffer.program = moe.phases
+    _forget(buffer)
+    try:
         yield blocks
+    finally:
+        buffer.program = shipped
+        _forget(buffer)
 
 
 def _forget(buffer: SymmBuffer) -> None:
@@ -231,8 +221,8 @@ def phases_command(
         points.known("--routing", [routing], ROUTINGS)
         files.check_json(json_path)
         tables = sys.stderr if json_path == files.STDOUT else sys.stdout
-        device, rows = api.require_device(), []
-        source = provenance(device, {"phases": compile_phases().code("moe_fast")})
+        device, rows = require_device(), []
+        source = provenance(device, {"phases": moe.phases().compile().code("moe_fast")})
         for row in run(shapes, chosen, routing, repeats, seed):
             print(text(row), file=tables, flush=True)
             rows.append(row)

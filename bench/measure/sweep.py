@@ -26,9 +26,7 @@ from megaproof.bench.measure.profiling import write_trace
 from megaproof.bench.measure.rows import Point, Row, row
 from megaproof.bench.measure.timer import REGIMES, WARM_UPS, Call, Timer
 from megaproof.bench.measure.yardsticks import Unfused, Yardsticks, promotions, require_baseline
-from megaproof.kernel import api
-from megaproof.kernel.host.sizes import GROUP
-from megaproof.kernel.programs import dense, stream
+from megaproof.kernel.programs import dense, moe, stream
 from megaproof.toolchain.build import EnvironmentMissing, nvrtc_version
 from megaproof.toolchain.launch import Device, require_device
 
@@ -116,12 +114,13 @@ def measure(
 
 def code(options: Options) -> dict[str, dict[str, str]]:
     """Target -> entry -> code digest of what a run launches; the baseline's library has a column of its own."""
-    target = "moe" if options.granularity == GROUP else f"moe_g{options.granularity}"
+    program = moe.moe(options.granularity)
     silu = "fast" if options.fast_math else "precise"
-    found = {target: api.compile_moe(options.granularity).code(f"moe_{silu}")}
+    found = {program.name: program.compile().code(f"moe_{silu}")}
     if options.yardsticks:
         gemms = [f"dense_{group}" for group in dict.fromkeys(promotions(options.granularity))]
-        found |= {"dense": dense.compile_dense().code(*gemms), "stream": stream.compile_stream().code("stream_read")}
+        found["dense"] = dense.PROGRAM.compile().code(*gemms)
+        found["stream"] = stream.PROGRAM.compile().code("stream_read")
     return found
 
 

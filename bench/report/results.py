@@ -12,7 +12,7 @@ from megaproof.bench.measure.rows import Row
 from megaproof.bench.measure.timer import REGIMES
 from megaproof.bench.report import derived
 from megaproof.kernel.host.sizes import GROUP
-from megaproof.toolchain.build import PINS, pinned_code
+from megaproof.kernel.programs import PINS
 
 POINTS = {
     "sweep": ("folded", REGIMES["flush"], GROUP),
@@ -85,12 +85,12 @@ def _check_code(path: Path, code: Any) -> None:
     """Target -> entry -> code digest, each the pinned one. Raises ReportError."""
     if not (isinstance(code, dict) and code and all(isinstance(own, dict) and own for own in code.values())):
         raise ReportError(f"{path.name} is damaged: code names the entries of each target that was measured")
-    pinned = pinned_code()
+    pinned = PINS.code()
     measured = [(target, entry, digest) for target, own in code.items() for entry, digest in own.items()]
     if others := [(t, entry) for t, entry, digest in measured if pinned.get(t, {}).get(entry) != digest]:
         names = ", ".join(f"{entry} of {target}" for target, entry in others)
         raise ReportError(
-            f"{path.name} is stale: its code of {names} is not that of {PINS.name}; measure again, or delete it"
+            f"{path.name} is stale: its code of {names} is not that of {PINS.path.name}; measure again, or delete it"
         )
 
 

@@ -21,11 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megaproof.kernel import api
+from megaproof import HOME
 from megaproof.kernel.host import params
 from megaproof.kernel.host.buffer import BufferSize, RankViews
 from megaproof.kernel.host.sizes import ALIGNMENT, THREADS, shared_bytes
 from megaproof.kernel.host.timeout import STATUS_WORDS, waited
+from megaproof.kernel.programs.moe import moe
 from megaproof.quant import tables
 from megaproof.quant.recipe import Recipe
 from megaproof.toolchain import build
@@ -54,15 +55,14 @@ def unchanged(text: str) -> str:
 
 def source(granularity: int = 64, change: Callable[[str], str] = unchanged, silu: str = "fast") -> str:
     """The translation unit: machine, scalar atoms of the twin, ptx for the machine, one kernel after `change`."""
-    atoms, _, tensor_core = (
-        (build.FOLDER.parent / "quant" / "twin.cu").read_text().partition("// ---- element by element")
-    )
+    atoms, _, tensor_core = (HOME / "quant" / "twin.cu").read_text().partition("// ---- element by element")
     steps = tensor_core[tensor_core.index("constexpr short kNoTerm") :]
     steps = steps[: steps.index("extern")]
     steps = (
         steps[: steps.index("struct ChainParams")] + steps[steps.index("__device__ __forceinline__ void decode_term") :]
     )
-    kernel = change(build.joined(api.SOURCES, without=["ptx.cuh"]))
+    program = moe(granularity).edited(change)
+    kernel = program.text(without=[HOME / "kernel" / "ptx.cuh"])
     kernel = re.sub(r"^#line .*$", "", kernel, flags=re.MULTILINE)
     kernel, others = re.subn(rf'^extern "C" .* moe_(?!{silu}\()\w+\(.*$', "", kernel, flags=re.MULTILINE)
     assert others == 1, "of the two kernels one is wanted"
@@ -80,7 +80,7 @@ def source(granularity: int = 64, change: Callable[[str], str] = unchanged, silu
     assert (words, dynamic) == (2, 1), "shared variables of the kernel are not those that the emulator knows"
     return "\n".join(
         [
-            *(f"#define {name} {value}" for name, value in api.defines(granularity).items()),
+            *(f"#define {name} {value}" for name, value in program.defines.items()),
             (FOLDER / "machine.hpp").read_text(),
             "inline float __fmaf_rn(float a, float b, float c) { return __builtin_fmaf(a, b, c); }",
             "inline float __fdiv_rn(float a, float b) { return a / b; }",

@@ -24,7 +24,7 @@ from megaproof.quant.recipe import Recipe
 from megaproof.toolchain.launch import require_device, tensor_map
 
 if TYPE_CHECKING:
-    from megaproof.toolchain.launch import Library
+    from megaproof.toolchain.program import Program
 
 MAX_PLANS = 256
 """Launch plans that a buffer keeps: more than a model has layers, of 3 KB each."""
@@ -153,8 +153,8 @@ class LaunchPlan:
                 own.stats, own.tokens = counts, shape[0]
         self.places = places
 
-    def launch(self, library_of: Callable[[int], Library], timeout_s: float) -> None:
-        """Launches on the current stream. library_of: the loaded cubin of a granularity; timeout_s: of each wait.
+    def launch(self, program: Callable[[int], Program], timeout_s: float) -> None:
+        """Launches on the current stream. program: that of a granularity; timeout_s: of each wait.
 
         Raises ConfigError where the buffer is not on the current device.
         """
@@ -162,7 +162,7 @@ class LaunchPlan:
             current = f"cuda:{device}"
             raise ConfigError(f"sym_buffer is on cuda:{self.device}; it must be on the current device, {current}")
         self.params.timeout_ns = int(timeout_s * 1e9)
-        kernel = library_of(self.granularity).kernel(self.entry)
+        kernel = program(self.granularity).library().kernel(self.entry)
         kernel(self.params, self.grid, THREADS, self.shared, cooperative=True, device=device)
 
 

@@ -8,7 +8,9 @@ BLOCK_M, BLOCK_N, BLOCK_K, STAGES = 128, 256, 128, 4
 """The tile of a block and its ring of stages, gemm.cuh. One tile serves every shape: there is nothing to choose."""
 THRESHOLDS = (64, 128)
 """Rows an expert beyond which its work is shared out otherwise: by rows and not by columns; in a second pool block."""
-THREADS = 384
+ROLES = {"producer": 128, "math": 256}
+"""Threads of each role of a block: the producer's warpgroup gives registers away, the two of math take them."""
+THREADS = sum(ROLES.values())
 TURN_N = 128
 """`kTurnN` of gemm.cuh: weight rows of a half tile, and of one chain of a math warpgroup."""
 DISPATCH_WARPS, TRANSIT_BYTES = 2, 8192
@@ -32,7 +34,6 @@ MAX_RANKS, MAX_EXPERTS = 8, 512
 WORKSPACE_BYTES = 4 * (3 + MAX_EXPERTS)
 """sizeof(Workspace) of params.cuh: what stands before the counters of the pool blocks."""
 ALIGNMENT = 1024
-SHARED_LIMIT = 227 * 1024
 
 
 class ConfigError(ValueError):

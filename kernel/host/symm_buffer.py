@@ -11,10 +11,14 @@ from megaproof.kernel.host.buffer import BufferSize, RankViews, names_of
 from megaproof.kernel.host.groups import VirtualGroup
 from megaproof.kernel.host.sizes import ConfigError
 from megaproof.kernel.host.timeout import STATUS_WORDS, KernelTimeout, waited
+from megaproof.kernel.programs.moe import moe
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from megaproof.kernel.host.params import Params
     from megaproof.kernel.host.plans import LaunchPlan
+    from megaproof.toolchain.program import Program
 
 
 class SymmBuffer:
@@ -30,6 +34,9 @@ class SymmBuffer:
         storage = torch.zeros(size.ranks, self.bytes_per_rank, dtype=torch.uint8, device=device)
         self._ranks: list[RankViews] = [RankViews(size, part) for part in storage]
         self.status = torch.zeros(STATUS_WORDS, dtype=torch.int32, device=device)
+        self.program: Callable[[int], Program] = moe
+        """Granularity -> what is launched on this buffer. It is looked up at every launch: a test or a measurement puts
+        the same kernel, changed, in its place, such as `lambda granularity: moe(granularity).edited(...)`."""
         self.template: Params | None = None
         """Params of every launch on this buffer, but for weights, outputs and recipe; the first launch makes them."""
         self.plans: dict[tuple, LaunchPlan] = {}

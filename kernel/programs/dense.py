@@ -6,17 +6,25 @@
 from __future__ import annotations
 
 import ctypes
-from functools import cache
 
 import torch
 from torch import Tensor
 
-from megaproof.kernel.host.sizes import BLOCK_M, BLOCK_N, THREADS, ring_bytes
-from megaproof.toolchain import build
-from megaproof.toolchain.launch import Library, TensorMap, require_device, tensor_map
+from megaproof import HOME
+from megaproof.kernel.host.sizes import BLOCK_M, BLOCK_N, ROLES, THREADS, ring_bytes
+from megaproof.toolchain.launch import TensorMap, require_device, tensor_map
+from megaproof.toolchain.program import Program
 
-SOURCES = ("programs/dense.cu",)
-ENTRIES = ("dense_128", "dense_64")
+PROGRAM = Program(
+    name="dense",
+    sources=(HOME / "kernel" / "programs" / "dense.cu",),
+    entries=("dense_128", "dense_64"),
+    defines={"SHARED_BYTES": ring_bytes()},
+    shared=ring_bytes(),
+    static=0,
+    gemm=("dense_",),
+    roles=ROLES,
+)
 BLOCK = 128
 """Multiple of M, N and K."""
 
@@ -31,18 +39,6 @@ class DenseParams(ctypes.Structure):
         *((name, ctypes.c_uint32) for name in ("m", "n", "k")),
         ("padding", ctypes.c_uint32 * 7),
     )
-
-
-def compile_dense() -> build.Built:
-    """The gated cubin; needs NVRTC but no GPU."""
-    built = build.build(SOURCES, ENTRIES, defines={"SHARED_BYTES": ring_bytes()})
-    build.gate(built)
-    return built
-
-
-@cache
-def _library() -> Library:
-    return Library(compile_dense().cubin)
 
 
 def dense(a: Tensor, a_sf: Tensor, b: Tensor, b_sf: Tensor, group: int, out: Tensor | None = None) -> Tensor:
@@ -64,5 +60,5 @@ def dense(a: Tensor, a_sf: Tensor, b: Tensor, b_sf: Tensor, group: int, out: Ten
     params = DenseParams(*maps, a_sf.data_ptr(), b_sf.data_ptr(), d.data_ptr(), m, n, k)
     tiles = m // BLOCK_M * -(-n // BLOCK_N)
     grid = min(tiles, require_device().sms)
-    _library().kernel(f"dense_{group}")(params, grid, THREADS, ring_bytes())
+    PROGRAM.library().kernel(f"dense_{group}")(params, grid, THREADS, ring_bytes())
     return d

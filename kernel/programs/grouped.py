@@ -8,20 +8,28 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
 
-from megaproof.kernel.host.sizes import BLOCK_N, GROUP, THREADS, ring_bytes
+from megaproof import HOME
+from megaproof.kernel.host.sizes import BLOCK_N, GROUP, ROLES, THREADS, ring_bytes
 from megaproof.kernel.host.sizes import check_recipe as check_any
 from megaproof.kernel.programs.dense import BLOCK
 from megaproof.quant.recipe import Recipe
-from megaproof.toolchain import build
-from megaproof.toolchain.launch import Library, TensorMap, require_device, tensor_map
+from megaproof.toolchain.launch import TensorMap, require_device, tensor_map
+from megaproof.toolchain.program import Program
 
-SOURCES = ("programs/grouped.cu",)
-ENTRIES = ("grouped_l1_fast", "grouped_l1_precise", "grouped_l2")
+PROGRAM = Program(
+    name="grouped",
+    sources=(HOME / "kernel" / "programs" / "grouped.cu",),
+    entries=("grouped_l1_fast", "grouped_l1_precise", "grouped_l2"),
+    defines={"SHARED_BYTES": ring_bytes()},
+    shared=ring_bytes(),
+    static=0,
+    gemm=("grouped_",),
+    roles=ROLES,
+)
 
 
 class _SwigluParams(ctypes.Structure):
@@ -66,21 +74,9 @@ def make_pool(expert: Tensor) -> Pool:
     return Pool(rows, torch.repeat_interleave(ids, blocks).to(torch.int32))
 
 
-def compile_grouped() -> build.Built:
-    """The gated cubin; needs NVRTC but no GPU."""
-    built = build.build(SOURCES, ENTRIES, defines={"SHARED_BYTES": ring_bytes()})
-    build.gate(built)
-    return built
-
-
 def check_recipe(recipe: Recipe) -> Recipe:
     """The recipe, if these kernels compute it: one scale covers 64 activations. Raises RecipeError by field."""
     return check_any(recipe, (GROUP,))
-
-
-@cache
-def _library() -> Library:
-    return Library(compile_grouped().cubin)
 
 
 def l1(recipe: Recipe, pool: Pool, acts: Tensor, acts_sf: Tensor, weight: Tensor, w1: Tensor, w1_sf: Tensor) -> tuple:
@@ -129,4 +125,4 @@ def l2(pool: Pool, acts: Tensor, acts_sf: Tensor, w2: Tensor, w2_sf: Tensor) -> 
 def _launch(name: str, params: GroupedParams) -> None:
     tiles = params.rows // BLOCK * -(-params.n // BLOCK_N)
     if tiles:
-        _library().kernel(name)(params, min(tiles, require_device().sms), THREADS, ring_bytes())
+        PROGRAM.library().kernel(name)(params, min(tiles, require_device().sms), THREADS, ring_bytes())

@@ -7,10 +7,10 @@ import ctypes
 import torch
 from torch import Tensor
 
-from megaproof.toolchain import build
-from megaproof.toolchain.launch import Library, require_device
+from megaproof import HOME
+from megaproof.toolchain.launch import require_device
+from megaproof.toolchain.program import Program
 
-SOURCES = ("programs/probe.cu",)
 WIDTHS = (8, 16, 32, 64, 128, 256)
 """N of the wgmma probes."""
 A_SOURCES = {"shared": "ss", "registers": "rs"}
@@ -26,10 +26,15 @@ SWEEPS = {
     "bf16": torch.int16,
 }
 """Elementwise probes and the width of their output bits. e4m3x2: high byte of x, low byte of the complemented bits."""
-ENTRIES = (
-    *(f"wgmma_{kind}_n{n}" for kind in A_SOURCES.values() for n in WIDTHS),
-    *(f"sweep_{name}" for name in SWEEPS),
-    "probe_fma",
+PROGRAM = Program(
+    name="probes",
+    sources=(HOME / "kernel" / "programs" / "probe.cu",),
+    entries=(
+        *(f"wgmma_{kind}_n{n}" for kind in A_SOURCES.values() for n in WIDTHS),
+        *(f"sweep_{name}" for name in SWEEPS),
+        "probe_fma",
+    ),
+    gemm=("wgmma_",),
 )
 
 
@@ -60,20 +65,13 @@ class FmaParams(ctypes.Structure):
     _fields_ = (*((name, ctypes.c_void_p) for name in ("a", "b", "c", "out")), ("count", ctypes.c_uint32))
 
 
-def compile_probes() -> build.Built:
-    """The gated cubin of all probes."""
-    built = build.build(SOURCES, ENTRIES)
-    build.gate(built)
-    return built
-
-
 class Probes:
     """The probes on the current device. Raises EnvironmentMissing without an SM90 chip."""
 
     def __init__(self) -> None:
         self.device = require_device()
-        self.built = compile_probes()
-        self._library = Library(self.built.cubin)
+        self.built = PROGRAM.compile()
+        self._library = PROGRAM.library()
 
     def wgmma(self, a: Tensor, b: Tensor, c: Tensor, scale_d: bool, a_from: str) -> Tensor:
         """a uint8 [cases, 64, K], b uint8 [cases, N, K], c float32 [cases, 64, N] -> d int32 bits [cases, 64, N].

@@ -3,40 +3,33 @@
 from __future__ import annotations
 
 import ctypes
-from functools import cache
 
 import torch
 from torch import Tensor
 
-from megaproof.toolchain import build
-from megaproof.toolchain.launch import Library, require_device
+from megaproof import HOME
+from megaproof.toolchain.launch import require_device
+from megaproof.toolchain.program import Program
 
-SOURCES = ("programs/stream.cu",)
-ENTRIES = ("stream_read",)
 PIECE, STAGES, THREADS = 32 * 1024, 6, 64
 """Bytes of one copy, copies in flight of a block, threads of a block."""
 SHARED_BYTES = -(-(STAGES * PIECE + 2 * 8 * STAGES) // 128) * 128
 """sizeof(StreamStorage): the ring, then its barriers."""
 GRAIN = 16
 """Bytes: what a bulk copy moves, and how it must be aligned."""
+PROGRAM = Program(
+    name="stream",
+    sources=(HOME / "kernel" / "programs" / "stream.cu",),
+    entries=("stream_read",),
+    defines={"SHARED_BYTES": SHARED_BYTES},
+    shared=SHARED_BYTES,
+)
 
 
 class StreamParams(ctypes.Structure):
     """`StreamParams` of stream.cu."""
 
     _fields_ = (("data", ctypes.c_void_p), ("bytes", ctypes.c_uint64))
-
-
-def compile_stream() -> build.Built:
-    """The gated cubin; needs NVRTC but no GPU."""
-    built = build.build(SOURCES, ENTRIES, defines={"SHARED_BYTES": SHARED_BYTES})
-    build.gate(built)
-    return built
-
-
-@cache
-def _library() -> Library:
-    return Library(compile_stream().cubin)
 
 
 def stream_read(data: Tensor) -> None:
@@ -52,4 +45,4 @@ def stream_read(data: Tensor) -> None:
     if data.data_ptr() % GRAIN:
         raise ValueError(f"data begins at {data.data_ptr():#x}; it must be aligned to {GRAIN} bytes")
     grid = min(-(-size // PIECE), require_device().sms)
-    _library().kernel("stream_read")(StreamParams(data.data_ptr(), size), grid, THREADS, SHARED_BYTES)
+    PROGRAM.library().kernel("stream_read")(StreamParams(data.data_ptr(), size), grid, THREADS, SHARED_BYTES)

@@ -10,13 +10,11 @@ import functools
 import re
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from typing import Any
-from unittest import mock
 
-from megaproof.kernel import api
 from megaproof.kernel.host.sizes import GRANULARITIES, GROUP
-from megaproof.toolchain import build
-from megaproof.toolchain.launch import Library
+from megaproof.kernel.programs.moe import moe
+from megaproof.toolchain.errors import BuildError
+from megaproof.toolchain.program import Program
 
 THIRD_OF_BLOCKS = "blockIdx.x % 3 == 1"
 """Neighbours of a late block are on time, so that the roles of several blocks drift apart."""
@@ -37,10 +35,11 @@ class Delay:
         return "-".join(filter(None, (self.function, self.note, f"{self.microseconds}us")))
 
     def change(self, text: str) -> str:
-        """The sources with the wait in them."""
+        """The sources with the wait in them. Raises BuildError unless they have one such function."""
         head = rf"\b(?:void|bool) {self.function}\([^;{{}}]*\) \{{"
         found = len(re.findall(head, text))
-        assert found == 1, f"{found} functions are called {self.function}; one has to be"
+        if found != 1:
+            raise BuildError(f"{found} functions are called {self.function}; one has to be")
         now = "static_cast<u32>(ptx::global_timer())"  # 4 s are enough, and the roles have no register to spare
         wait = f" if ({self.where}) {{ const u32 late = {now}; while ({now} - late < {self.microseconds}000u) {{}} }}"
         return re.sub(head, lambda match: match[0] + wait, text)
@@ -57,12 +56,12 @@ class Lost:
     """Who waits for what."""
 
     def change(self, text: str) -> str:
-        """The sources with 16 bytes more there."""
-        more, unlimited = (
-            self.bytes.replace("bytes)", "bytes + 16)"),
-            "ptx::global_timer() - start > r.p.timeout_ns) return",
-        )
-        assert text.count(self.bytes) == text.count(unlimited) == 1
+        """The sources with 16 bytes more there. Raises BuildError unless there is one such place."""
+        more = self.bytes.replace("bytes)", "bytes + 16)")
+        unlimited = "ptx::global_timer() - start > r.p.timeout_ns) return"
+        for place in (self.bytes, unlimited):
+            if text.count(place) != 1:
+                raise BuildError(f"the sources have {text.count(place)} places {place!r}; one has to be there")
         return text.replace(self.bytes, more).replace(unlimited, "false) return")
 
 
@@ -97,27 +96,17 @@ LOST = (
 Change = Delay | Lost
 
 
-def compile_changed(change: Change, granularity: int = GROUP) -> build.Built:
-    """The gated cubin of a granularity. `api.compile_moe` makes it, so that all but the text is the kernel's own."""
-
-    def build_changed(_: object, *args: Any, **options: Any) -> build.Built:
-        return build.build_text(change.change(build.joined(api.SOURCES)), *args, **options)
-
-    with mock.patch.object(build, "build", build_changed):
-        return api.compile_moe(granularity)
-
-
 @functools.cache
-def library(change: Change, granularity: int) -> Library:
-    """With the change given, what a test puts in the place of `api._library`; needs a GPU."""
-    return Library(compile_changed(change, granularity).cubin)
+def program(change: Change, granularity: int = GROUP) -> Program:
+    """The kernel of a granularity, changed. With the change given, what a test puts in the place of a buffer's
+    `program`."""
+    return moe(granularity).edited(change.change)
 
 
 def delays_command() -> None:
     """Compiles every build, side by side, into the cache that the tests read."""
     builds = [(change, granularity) for granularity in GRANULARITIES for change in (*DELAYS, STUCK, ABSENT, *LOST)]
     with ProcessPoolExecutor() as pool:
-        for (change, granularity), built in zip(
-            builds, pool.map(compile_changed, *zip(*builds, strict=True)), strict=True
-        ):
+        compiled = pool.map(Program.compile, [program(*own) for own in builds])
+        for (change, granularity), built in zip(builds, compiled, strict=True):
             print(f"{change.id}, g{granularity}: {built.sha256[:16]}{' (cached)' if built.cached else ''}")

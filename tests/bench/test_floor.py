@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from megaproof import HOME
 from megaproof.bench import __main__ as cli
 from megaproof.bench.measure.points import PEERS
 from megaproof.bench.model import floor, roofline
@@ -14,7 +15,6 @@ from megaproof.kernel.host.buffer import BufferSize
 from megaproof.quant.shapes import SHAPES
 from megaproof.reference import scheduler
 from megaproof.tests.support import command_line
-from megaproof.toolchain import build
 
 PRESETS = list(PEERS["shapes"])
 FLASH = Load(4096, 2048, 8, 48, 25)
@@ -68,7 +68,7 @@ def test_waves(l1: int, l2: int, waves: int, last: float) -> None:
 
 
 def test_registers_are_those_of_the_source() -> None:
-    source = (build.FOLDER / "moe_sm90.cu").read_text()
+    source = (HOME / "kernel" / "moe_sm90.cu").read_text()
     assert f"fewer_registers<{floor.REGISTERS['producer']}>" in source
     assert f"more_registers<{floor.REGISTERS['math']}>" in source
 

@@ -79,7 +79,7 @@ def test_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "128x256x384 per 128: 10.0 us, 3 TFLOP/s; cuBLASLt 9.0 us, 3 TFLOP/s" in text
     found = json.loads(path.read_text())
     assert set(found) == {"what", "device", "driver", "versions", "date", "code", "rows"}
-    assert found["code"] == {"dense": dense.compile_dense().code()}
+    assert found["code"] == {"dense": dense.PROGRAM.compile().code()}
     assert [list(row) for row in found["rows"]] == [FIELDS]
 
 

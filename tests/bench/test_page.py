@@ -13,8 +13,9 @@ from megaproof.bench.measure import phases
 from megaproof.bench.measure.rows import CLOCK
 from megaproof.bench.report import page, results, sections
 from megaproof.bench.report.targets import TARGETS
+from megaproof.kernel.programs import PINS
 from megaproof.tests.support import command_line
-from megaproof.toolchain.build import EnvironmentMissing, pinned_code
+from megaproof.toolchain.errors import EnvironmentMissing
 
 ROW = {"preset": "dsv4_flash", "routing": "folded", "regime": "l2 flushed", "granularity": 64, "T": 1, "us": 74.67}
 ROW |= {"tflops": 4.04, "hbm_gb_s": 2025, "share_floor": 0.625, "share_read": 0.562, "share_compute": 0.634}
@@ -24,7 +25,7 @@ RUN = {
     "driver": "580",
     "date": "2026-11-24",
     "versions": {},
-    "code": {"moe": pinned_code()["moe"]},
+    "code": {"moe": PINS.code()["moe"]},
 }
 SWEEP = RUN | {"what": "one rank; median of 20, us_spread is half", "method": "profiler", "regime": "l2 flushed"}
 EMPTY = f"# title\n\n{page.START}\n{page.END}\n\nthe end\n"

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import subprocess
 import tempfile
-from typing import Any
+from dataclasses import replace
 
 import pytest
 import torch
 
+from megaproof import HOME
 from megaproof.bench import __main__ as cli
 from megaproof.bench.measure import phases
 from megaproof.kernel import api
+from megaproof.kernel.host.sizes import GRANULARITIES
+from megaproof.kernel.programs import moe
 from megaproof.quant.shapes import SHAPES
 from megaproof.tests.support import command_line
-from megaproof.toolchain import build, sass
+from megaproof.tests.support.fake_call import SMS, call, installed
+from megaproof.toolchain import sass
+from megaproof.toolchain.errors import BuildError, EnvironmentMissing
 
 BLOCKS = 2
 
@@ -30,7 +36,7 @@ def clock_reads(cubin: bytes) -> int:
     """Instructions that read the SM's clock."""
     try:
         program, _ = sass.disassembler()
-    except build.EnvironmentMissing as error:
+    except EnvironmentMissing as error:
         pytest.skip(str(error))
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -49,34 +55,40 @@ def fake(step: int = 1) -> torch.Tensor:
 
 
 def test_the_build_has_the_kernels_and_clocks() -> None:
-    marked, shipped = phases.compile_phases(), api.compile_moe()
-    assert set(api.ENTRIES) <= marked.report.entries.keys()
+    marked, shipped = moe.phases().compile(), moe.moe().compile()
+    assert set(moe.ENTRIES) <= marked.report.entries.keys()
     assert marked.sha256 != shipped.sha256
     assert not marked.report.messages  # WGMMA is not serialised: the same main loop
     assert clock_reads(marked.cubin) > 0
 
 
 def test_what_ships_reads_no_clock() -> None:
-    assert clock_reads(api.compile_moe().cubin) == 0
+    assert clock_reads(moe.moe().compile().cubin) == 0
 
 
-def test_only_the_marks_are_added(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything else is as `api.compile_moe` asks for it; and nothing stays patched."""
-    calls: list[tuple] = []
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_only_the_marks_are_added(granularity: int) -> None:
+    """Everything else is as the kernel that ships asks for it, but that nothing judges it."""
+    plain, marked = moe.moe(granularity), moe.phases(granularity)
+    assert marked.defines == {**plain.defines, "PHASES": 1}
+    assert plain.gated
+    assert replace(marked, name=plain.name, defines=plain.defines, gated=True) == plain
 
-    def recorded(*arguments: Any, defines: dict[str, Any], **options: Any) -> build.Built:
-        calls.append((arguments, defines, options))
-        return build.Built(b"", "", build.Report({}, ("spills",)), "", False)
 
-    monkeypatch.setattr(build, "build", recorded)
-    gate = build.gate
-    phases.compile_phases()
-    with pytest.raises(build.BuildError):
-        api.compile_moe()
-    assert (build.build, build.gate) == (recorded, gate)
-    (arguments, defines, options), (plain_arguments, plain_defines, plain_options) = calls
-    assert (arguments, options) == (plain_arguments, plain_options)
-    assert defines == plain_defines | {"PHASES": 1}
+def test_marked_launches_end_with_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever happens inside: behind it the buffer launches what ships, and its plans are made anew."""
+    library = installed(monkeypatch)
+    monkeypatch.setattr(phases, "require_device", lambda index: api.require_device(index))
+    arguments = call(2)
+    buffer, shipped = arguments["sym_buffer"], arguments["sym_buffer"].program
+    api.fp8_mega_moe(**arguments)
+    with contextlib.suppress(RuntimeError), phases.marking(buffer) as blocks:
+        assert (blocks, buffer.program, buffer.plans) == (SMS, moe.phases, {})
+        assert buffer.status.numel() == phases.status_words(SMS)
+        raise RuntimeError("inside")
+    assert (buffer.program, buffer.plans) == (shipped, {})
+    api.fp8_mega_moe(**arguments)
+    assert len(library.launches) == 2
 
 
 def test_names_come_from_the_source() -> None:
@@ -87,7 +99,7 @@ def test_names_come_from_the_source() -> None:
 
 
 def test_rows_lie_behind_the_status() -> None:
-    fields = re.search(r"struct Status \{\s*u32 ([^;]*);\s*\}", (build.FOLDER / "params.cuh").read_text())
+    fields = re.search(r"struct Status \{\s*u32 ([^;]*);\s*\}", (HOME / "kernel" / "params.cuh").read_text())
     assert fields
     assert len(fields[1].split(",")) == phases.STATUS_WORDS
     assert phases.STATUS_WORDS % 2 == 0, "rows of u64 are aligned"
@@ -127,7 +139,7 @@ def test_the_table_by_hand() -> None:
 
 def test_no_marks_are_noticed() -> None:
     nothing = torch.zeros(BLOCKS, len(phases.ROLES), len(phases.NAMES), dtype=torch.int64)
-    with pytest.raises(build.BuildError, match="no phase took a cycle"):
+    with pytest.raises(BuildError, match="no phase took a cycle"):
         phases.table([nothing], [1.0])
 
 

@@ -23,11 +23,10 @@ from megaproof.bench.model.roofline import RANKS, Load
 from megaproof.kernel import api
 from megaproof.kernel.host.buffer import BufferSize
 from megaproof.kernel.host.symm_buffer import SymmBuffer
-from megaproof.kernel.programs import dense, stream
+from megaproof.kernel.programs import PINS, dense, stream
 from megaproof.quant.recipe import Recipe
 from megaproof.quant.shapes import Shape
 from megaproof.tests.bench.test_points import invoke
-from megaproof.toolchain import build
 from megaproof.toolchain.build import EnvironmentMissing
 
 SHAPE = Shape("h512-i256-e4-k2", 512, 256, 4 * RANKS, 2)
@@ -222,7 +221,7 @@ def turn(log: Log, monkeypatch: pytest.MonkeyPatch) -> Callable[[Turn], None]:
 def test_a_result_names_the_code_that_is_launched(options: dict[str, Any], wanted: dict[str, set[str]]) -> None:
     found = sweep.code(Options({SHAPE.name: SHAPE}, (3,), **options))
     assert {target: set(own) for target, own in found.items()} == wanted
-    assert all(build.pinned_code()[target][entry] == own[entry] for target, own in found.items() for entry in own)
+    assert all(PINS.code()[target][entry] == own[entry] for target, own in found.items() for entry in own)
 
 
 def read(path: Path) -> tuple[list[int], bool, list[str]]:

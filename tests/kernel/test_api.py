@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from megaproof import HOME
 from megaproof.kernel import api
 from megaproof.kernel.host import checks, sizes, timeout
 from megaproof.kernel.host.buffer import BufferSize
 from megaproof.kernel.host.sizes import ConfigError
 from megaproof.quant.recipe import RECIPES, Recipe, RecipeError
 from megaproof.tests.support.fake_call import BF16, CAPACITY, EXPERTS, FP8, HIDDEN, SMS, FakeLibrary, call, installed
-from megaproof.toolchain import build
 
 
 @pytest.fixture
@@ -152,7 +152,7 @@ def test_outputs_in_the_buffer_are_refused(library: FakeLibrary, field: str) -> 
 
 def test_who_waited_in_vain_is_said() -> None:
     """`Status` of params.cuh: flag, rank, block, counter, expected, seen."""
-    enum = re.search(r"enum Counter : u32 \{([^}]*)\}", (build.FOLDER / "barrier.cuh").read_text())
+    enum = re.search(r"enum Counter : u32 \{([^}]*)\}", (HOME / "kernel" / "barrier.cuh").read_text())
     assert enum is not None
     assert {int(value) for value in re.findall(r"= (\d+)", enum[1])} == {*timeout.WAITS}
     said = "rank 2, block 3, scout or dispatch waited for L1 turns of a pool block: expected 128, saw 5"

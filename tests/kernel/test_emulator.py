@@ -15,7 +15,8 @@ import torch
 from megaproof.cases.cases import SMOKE, Case
 from megaproof.cases.compare import same
 from megaproof.cases.inputs import Inputs
-from megaproof.kernel import api, emulator
+from megaproof.kernel import emulator
+from megaproof.kernel.programs.moe import moe
 from megaproof.proof import exact
 from megaproof.proof.adapters import Prepared
 from megaproof.proof.adapters.emulated import EmulatedAdapter
@@ -311,5 +312,5 @@ def test_the_faults_are_in_sources_that_pass(case: Case, ring: int | None) -> No
 
 
 def test_the_pool_of_registers_is_the_kernels() -> None:
-    entries = api.compile_moe().report.entries.values()
+    entries = moe().compile().report.entries.values()
     assert {entry.registers for entry in entries} == {emulator.LAUNCH_REGISTERS}

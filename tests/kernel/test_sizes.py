@@ -8,6 +8,7 @@ import re
 import pytest
 from hypothesis import given
 
+from megaproof import HOME
 from megaproof.kernel.host import sizes
 from megaproof.kernel.host.buffer import BufferSize
 from megaproof.kernel.host.params import Params, RankParams
@@ -16,12 +17,11 @@ from megaproof.kernel.host.sizes import (
     MAX_EXPERTS,
     MAX_RANKS,
     RING_BLOCKS,
-    SHARED_LIMIT,
     ConfigError,
 )
 from megaproof.quant.recipe import RECIPES, Recipe, RecipeError
 from megaproof.tests.support.sizes import SIZES
-from megaproof.toolchain.build import FOLDER
+from megaproof.toolchain.gate import SHARED_LIMIT
 
 GOOD = {"ranks": 8, "experts": 256, "topk": 6, "hidden": 4096, "intermediate": 2048, "capacity": 64}
 
@@ -51,11 +51,11 @@ def test_shared_memory_fits_a_block() -> None:
     ],
 )
 def test_host_and_kernel_have_the_same_constants(file: str, name: str, value: int) -> None:
-    assert re.findall(rf"\b{name} = (\d+)[,;]", (FOLDER / file).read_text()) == [str(value)]
+    assert re.findall(rf"\b{name} = (\d+)[,;]", (HOME / "kernel" / file).read_text()) == [str(value)]
 
 
 def test_the_workspace_has_its_size() -> None:
-    (struct,) = re.findall(r"struct Workspace \{(.*?)\};", (FOLDER / "params.cuh").read_text(), re.DOTALL)
+    (struct,) = re.findall(r"struct Workspace \{(.*?)\};", (HOME / "kernel" / "params.cuh").read_text(), re.DOTALL)
     names = ", ".join(re.findall(r"u32 ([^;]+);", struct)).split(", ")
     assert names[-1] == "send_count[kMaxExperts]"
     assert 4 * (len(names) - 1 + MAX_EXPERTS) == sizes.WORKSPACE_BYTES

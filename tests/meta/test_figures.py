@@ -11,12 +11,13 @@ from megaproof.bench.measure.points import PEERS
 from megaproof.bench.model import floor
 from megaproof.cases.cases import CASES
 from megaproof.golden import silicon, store
-from megaproof.kernel.__main__ import TARGETS, examine
+from megaproof.kernel.__main__ import examine
+from megaproof.kernel.programs import PROGRAMS
 from megaproof.quant.recipe import RECIPES
 from megaproof.quant.shapes import SHAPES
 from megaproof.tests.support.runs import ROOT, python
 from megaproof.toolchain import sass
-from megaproof.toolchain.build import EnvironmentMissing
+from megaproof.toolchain.errors import EnvironmentMissing
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SHOWN = [line for page in PAGES for line in page.read_text().splitlines()]
@@ -56,7 +57,7 @@ def test_configurations(target: str, granularity: int) -> None:
         sass.disassembler()
     except EnvironmentMissing as error:
         pytest.skip(str(error))
-    rows, faults = examine(target, TARGETS[target].compile())
+    rows, faults = examine(PROGRAMS[target], PROGRAMS[target].compile())
     assert not faults
     for row in rows:
         roles = ", ".join(str(count) for count in row["registers_by_role"].values())

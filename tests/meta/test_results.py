@@ -14,10 +14,10 @@ from megaproof.bench.measure.timer import REGIMES
 from megaproof.bench.measure.yardsticks import DENSE, READ
 from megaproof.bench.model.roofline import Load
 from megaproof.bench.report import page, results, sections
-from megaproof.kernel import api
+from megaproof.kernel.programs import PINS
+from megaproof.kernel.programs.moe import ENTRIES
 from megaproof.quant.shapes import SHAPES
 from megaproof.tests.support.runs import ROOT
-from megaproof.toolchain.build import pinned_code
 
 LAST_DIGIT = {"tflops": 0.1, "tflops_adjusted": 0.1, "hbm_gb_s": 1, "reduction_us": 0.02}
 """Of what follows from a time that is rounded itself; of shares and ratios 0.001."""
@@ -85,7 +85,7 @@ def test_a_result_names_the_code_that_it_measured(name: str) -> None:
 def test_runs_that_are_reported_are_of_this_code() -> None:
     """Beside times it reports what passed on a GPU, with the digests' first digits: run again, or take it out."""
     proven = " ".join((ROOT / "docs" / "proven.md").read_text().split())
-    code = [pinned_code()[target][entry][:12] for target in ("moe", "moe_g128") for entry in api.ENTRIES]
+    code = [PINS.code()[target][entry][:12] for target in ("moe", "moe_g128") for entry in ENTRIES]
     quoted = [re.findall(r"`([0-9a-f]{12})`", text) for text in re.findall(r"with code ([^:|]+):", proven)]
     assert all(digits == code for digits in quoted)
     if "| the gate, scales per 64 and per 128: `pytest" in proven:

@@ -17,7 +17,7 @@ from megaproof.quant import atoms, philox, twin
 from megaproof.quant.formats import f32_bits, f32_from_bits
 from megaproof.tests.support.bad_chains import BAD_CHAINS
 from megaproof.tests.support.bit_patterns import NAN, assert_same, scattered, specials
-from megaproof.toolchain import build
+from megaproof.toolchain import gate
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 on_each_device = pytest.mark.parametrize("device", DEVICES)
@@ -75,8 +75,8 @@ def test_without_a_compiler_the_readable_atoms_take_over(monkeypatch: pytest.Mon
 def test_the_gpu_twin_compiles_anywhere_and_passes_the_gate() -> None:
     from megaproof.quant import twin_gpu
 
-    built = twin_gpu.compile_twin()
-    build.gate(built)
+    built = twin_gpu.PROGRAM.compile()
+    gate.check_report(built)
     names = {"rcp_approx", "ex2_approx", "expf", "silu_fast", "silu_precise", "fma"}
     names |= {f"{way}_{format}" for way in ("encode", "decode") for format in ("e4m3", "bf16")}
     assert set(built.report.entries) == {f"map_{name}" for name in names} | {"wgmma_chain", "philox_codes"}

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megaproof import HOME
 from megaproof.reference import barrier
 from megaproof.reference.barrier import FLIP, U32, Counters, Steps
-from megaproof.toolchain.build import FOLDER
 
 ORDER = st.lists(st.tuples(st.integers(0, 11), st.integers(1, 5) | st.just(40)), max_size=60)
 """(block, steps that it runs alone), and so on; afterwards all blocks take turns."""
@@ -144,7 +144,7 @@ def test_a_block_that_stays_away_keeps_everyone() -> None:
 
 
 def test_the_kernel_flips_the_same_bit() -> None:
-    assert f"constexpr u32 kFlip = 1u << {FLIP.bit_length() - 1};" in (FOLDER / "barrier.cuh").read_text()
+    assert f"constexpr u32 kFlip = 1u << {FLIP.bit_length() - 1};" in (HOME / "kernel" / "barrier.cuh").read_text()
 
 
 # --- a rank alone -----------------------------------------------------------------------------------------------------

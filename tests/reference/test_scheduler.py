@@ -16,12 +16,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megaproof import HOME
 from megaproof.kernel.host import sizes
 from megaproof.kernel.host.params import KernelShape
 from megaproof.reference import layout, scheduler
 from megaproof.reference.scheduler import BLOCK_M, BLOCK_N, GROUP_BLOCKS, TURN_N, Plan, Task
 from megaproof.tests.reference.test_layout import COUNTS
-from megaproof.toolchain.build import FOLDER
 
 COLUMNS = st.integers(1, 5).map(lambda n: n * 128)
 BLOCKS = st.integers(1, 9)
@@ -201,7 +201,7 @@ extern "C" void share(u32 warpgroup, u32 rows, u32 columns, u32* out) {
 
 def cut(file: str, pattern: str) -> str:
     """The one piece of a source that matches."""
-    (piece,) = re.findall(pattern, (FOLDER / file).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    (piece,) = re.findall(pattern, (HOME / "kernel" / file).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
     return piece
 
 

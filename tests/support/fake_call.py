@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megaproof.kernel import api
-from megaproof.kernel.host import plans
+from megaproof.kernel.host import plans, symm_buffer
 from megaproof.kernel.host.buffer import BufferSize
 from megaproof.kernel.host.params import Params
 from megaproof.toolchain.launch import Device, TensorMap
@@ -49,9 +49,13 @@ class FakeLibrary:
         self.granularities: list[int] = []
         self.encoded = 0
 
-    def of(self, granularity: int) -> FakeLibrary:
-        """What stands in for `api._library`."""
+    def program(self, granularity: int) -> FakeLibrary:
+        """What stands in for `SymmBuffer.program`."""
         self.granularities.append(granularity)
+        return self
+
+    def library(self) -> FakeLibrary:
+        """What stands in for `Program.library`."""
         return self
 
     def kernel(self, name: str) -> Callable[..., None]:
@@ -67,9 +71,9 @@ class FakeLibrary:
 
 
 def installed(monkeypatch: pytest.MonkeyPatch) -> FakeLibrary:
-    """A library in the place of the kernel's, on a device that is made up."""
+    """A library in the place of the kernel's in every new buffer, on a device that is made up."""
     fake = FakeLibrary()
-    monkeypatch.setattr(api, "_library", fake.of)
+    monkeypatch.setattr(symm_buffer, "moe", fake.program)
     monkeypatch.setattr(plans, "tensor_map", fake.map)
     for module in (api, plans):
         monkeypatch.setattr(module, "require_device", lambda index=None: Device(0, "NVIDIA H200", "H200", SMS, "580"))

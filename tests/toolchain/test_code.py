@@ -12,10 +12,14 @@ from pathlib import Path
 
 import pytest
 
+from megaproof import HOME
 from megaproof.bench.report import page, results
-from megaproof.kernel.__main__ import TARGETS
-from megaproof.kernel.programs import stream
+from megaproof.kernel.programs import PINS, stream
 from megaproof.toolchain import build, code, sass
+from megaproof.toolchain.errors import EnvironmentMissing
+from megaproof.toolchain.program import Program
+
+KERNEL = HOME / "kernel"
 
 PROGRAM = """
 namespace words { constexpr int kFirst = 3, kSecond = 9; }
@@ -55,7 +59,7 @@ def digests(text: str, *swaps: tuple[str, str]) -> dict[str, str]:
     for old, new in swaps:
         assert old in text
         text = text.replace(old, new)
-    return build.build_text(text, cache=False).code()
+    return build.build(text, cache=False).code()
 
 
 @pytest.mark.parametrize(
@@ -112,7 +116,7 @@ def test_registers_count() -> None:
     """Another budget, and the report's figures by themselves."""
     free, tight = (digests(LOOP, ("LIMIT", limit)) for limit in ("", "__launch_bounds__(1024, 2)"))
     assert free != tight
-    built = build.build_text(LOOP.replace("LIMIT", ""), cache=False)
+    built = build.build(LOOP.replace("LIMIT", ""), cache=False)
     entry = built.report.entries["loop"]
     for figure in ("registers", "stack", "spill_stores", "spill_loads", "shared"):
         other = replace(entry, **{figure: getattr(entry, figure) + 8})
@@ -120,7 +124,7 @@ def test_registers_count() -> None:
 
 
 def test_a_cubin_that_lacks_an_entry_is_refused() -> None:
-    built = build.build_text(PROGRAM, cache=False)
+    built = build.build(PROGRAM, cache=False)
     entry = built.report.entries["two"]
     with pytest.raises(ValueError, match=r"no code of three"):
         code.code_digests(built.cubin, build.Report({"three": entry}, ()))
@@ -129,23 +133,29 @@ def test_a_cubin_that_lacks_an_entry_is_refused() -> None:
 
 
 def test_a_result_names_some_entries_or_all() -> None:
-    built = build.build_text(PROGRAM, cache=False)
+    built = build.build(PROGRAM, cache=False)
     assert set(built.code()) == {"one", "two"}
     assert built.code("two") == {"two": built.code()["two"]}
     assert built.pin() == {"cubin": built.sha256, "code": built.code()}
 
 
 @pytest.fixture
-def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the kernel's sources, which is compiled instead."""
-    for path in (*build.FOLDER.glob("*.cu"), *build.FOLDER.glob("*.cuh")):
-        shutil.copy(path, tmp_path)
-    monkeypatch.setattr(build, "FOLDER", tmp_path)
-    return tmp_path
+def copied(tmp_path: Path) -> Program:
+    """A program of the project, with a copy of all its files."""
+    for path in (*KERNEL.rglob("*.cu"), *KERNEL.rglob("*.cuh")):
+        copy = tmp_path / path.relative_to(KERNEL)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copy(path, copy)
+    sources = tuple(tmp_path / path.relative_to(KERNEL) for path in stream.PROGRAM.sources)
+    return replace(stream.PROGRAM, sources=sources)
+
+
+def files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
 
 
 def reworded(folder: Path) -> None:
-    for path in folder.iterdir():
+    for path in files(folder):
         path.write_text("// Another word.\n" + re.sub(r"(?m)^// (?=[A-Z])", "// Well: ", path.read_text()))
 
 
@@ -155,13 +165,14 @@ def new_file(folder: Path) -> None:
 
 def renamed_file(folder: Path) -> None:
     (folder / "ptx.cuh").rename(folder / "words.cuh")
-    for path in folder.iterdir():
-        path.write_text(path.read_text().replace('"ptx.cuh"', '"words.cuh"'))
+    for path in files(folder):
+        path.write_text(path.read_text().replace('ptx.cuh"', 'words.cuh"'))
 
 
 def renamed(*names: str) -> Callable[[Path], None]:
     def act(folder: Path) -> None:
-        path, text = folder / "stream.cu", (folder / "stream.cu").read_text()
+        path = folder / "programs" / "stream.cu"
+        text = path.read_text()
         assert all(name in text for name in names)
         path.write_text(re.sub("|".join(names), lambda match: f"{match[0][0]}Zz{match[0][1:]}", text))
 
@@ -173,34 +184,30 @@ def renamed(*names: str) -> Callable[[Path], None]:
     [reworded, new_file, renamed_file, renamed("StreamStorage", "StreamPlace"), renamed("kPiece", "kThreads")],
     ids=["comments", "new file", "renamed file", "renamed structs", "renamed constants"],
 )
-def test_no_result_is_stale_for_a_word(act: Callable[[Path], None], sources: Path) -> None:
-    """A target of the project keeps the pinned code, so all results that name it stand."""
-    act(sources)
-    assert stream.compile_stream().code() == build.pinned_code()["stream"]
+def test_no_result_is_stale_for_a_word(act: Callable[[Path], None], copied: Program, tmp_path: Path) -> None:
+    """A program of the project keeps the pinned code, so all results that name it stand."""
+    before = copied.text()
+    act(tmp_path)
+    assert act is new_file or copied.text() != before
+    assert copied.compile().code() == PINS.code()["stream"]
     results.read(page.RESULTS)
 
 
-def test_a_changed_instruction_of_a_target_is_seen(sources: Path) -> None:
-    text = (sources / "stream.cu").read_text()
+def test_a_changed_instruction_of_a_program_is_seen(copied: Program) -> None:
+    (path,) = copied.sources
+    text = path.read_text()
     assert "threadIdx.x == 32)" in text
-    (sources / "stream.cu").write_text(text.replace("threadIdx.x == 32)", "threadIdx.x == 33)"))
-    assert stream.compile_stream().code() != build.pinned_code()["stream"]
-
-
-@pytest.mark.parametrize("name", TARGETS)
-def test_no_target_reads_data_that_its_kernels_share(name: str) -> None:
-    """So the constants of namespaces, which lie there in the order of their names, are no part of their digests."""
-    built = TARGETS[name].compile()
-    assert not any(code.shared_banks(text) for text in code.texts(built.cubin))
+    path.write_text(text.replace("threadIdx.x == 32)", "threadIdx.x == 33)"))
+    assert copied.compile().code() != PINS.code()["stream"]
 
 
 @pytest.mark.parametrize("text", [PROGRAM, DATA, POINTERS], ids=["program", "data", "pointers"])
 def test_banks_are_those_of_the_disassembler(text: str) -> None:
     try:
         program, _ = sass.disassembler()
-    except build.EnvironmentMissing as error:
+    except EnvironmentMissing as error:
         pytest.skip(str(error))
-    cubin = build.build_text(text, cache=False).cubin
+    cubin = build.build(text, cache=False).cubin
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()

@@ -26,7 +26,7 @@ RECIPES_OF_THE_KERNEL = {
 
 
 def test_the_cubin_passes_the_gate() -> None:
-    assert set(grouped.compile_grouped().report.entries) == set(grouped.ENTRIES)
+    assert set(grouped.PROGRAM.compile().report.entries) == set(grouped.PROGRAM.entries)
     assert ctypes.sizeof(grouped.GroupedParams) % 64 == 0
 
 

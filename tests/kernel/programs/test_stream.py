@@ -7,13 +7,13 @@ import statistics
 import pytest
 import torch
 
-from megaproof.kernel.host.sizes import SHARED_LIMIT
 from megaproof.kernel.programs import stream
+from megaproof.toolchain.gate import SHARED_LIMIT
 
 
 def test_the_cubin_passes_the_gate() -> None:
-    report = stream.compile_stream().report
-    assert set(report.entries) == set(stream.ENTRIES)
+    report = stream.PROGRAM.compile().report
+    assert set(report.entries) == set(stream.PROGRAM.entries)
     assert not report.messages
     assert report.entries["stream_read"].registers <= 64
 

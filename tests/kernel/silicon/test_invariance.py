@@ -25,6 +25,7 @@ from megaproof.kernel import api
 from megaproof.kernel.host import plans
 from megaproof.kernel.host.buffer import BufferSize
 from megaproof.kernel.host.sizes import BLOCK_M, GRANULARITIES, GROUP_BLOCKS, RING_BLOCKS, aligned
+from megaproof.kernel.programs import moe
 from megaproof.proof import tally as compared
 from megaproof.proof.adapters import Prepared
 from megaproof.proof.adapters.megaproof import MegaproofAdapter
@@ -35,7 +36,6 @@ from megaproof.quant.recipe import Recipe
 from megaproof.quant.shapes import SHAPES, Shape
 from megaproof.reference.layer import LayerResult, moe_layer
 from megaproof.tests.support import problems
-from megaproof.toolchain import build
 from megaproof.toolchain.launch import require_device
 
 CUDA = torch.device("cuda")
@@ -317,12 +317,12 @@ def test_nothing_else_is_written(sizes: tuple[int, ...], granularity: int, adapt
 )
 def test_a_build_with_a_late_role_passes_the_gate(delay: Delay, granularity: int) -> None:
     """Four of them without a GPU, for the time that they take; `python -m proof delays` builds them all."""
-    assert set(delays.compile_changed(delay, granularity).report.entries) == set(api.ENTRIES)
+    assert set(delays.program(delay, granularity).compile().report.entries) == set(moe.ENTRIES)
 
 
 @pytest.mark.parametrize("delay", [*DELAYS, delays.STUCK, delays.ABSENT], ids=lambda delay: delay.id)
 def test_a_delay_is_one_more_statement_in_the_sources(delay: Delay) -> None:
-    text = delay.change(build.joined(api.SOURCES))
+    text = delays.program(delay).text()
     assert text.count(f" - late < {delay.microseconds}000u)") == 1
 
 
@@ -340,16 +340,15 @@ def test_late_roles_change_nothing(
     sizes: tuple[int, ...],
     granularity: int,
     tally: Tally,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """In the smallest ring. Three launches in a row: what one leaves behind too late, the next one finds."""
     used = []
-    monkeypatch.setattr(api, "_library", lambda asked: used.append(asked) or delays.library(delay, asked))
     case = case_of(shape, sizes, granularity, masked=30)
     made, wanted = problem(case)
     assert recycled(wanted, LEAST) == (sizes != (TOKENS,))
     with closing(GuardedAdapter(LEAST)) as adapter:
         prepare(adapter, case, made)
+        adapter.buffer.program = lambda asked: used.append(asked) or delays.program(delay, asked)
         for launch in range(3):
             adapter.fill(NAN)
             adapter.launch()

@@ -18,8 +18,8 @@ from megaproof.cases import inputs
 from megaproof.cases.cases import CASES, SMOKE, Case
 from megaproof.cases.compare import same
 from megaproof.cases.pairwise import Row, met, possible_pairs, table
-from megaproof.kernel import api
 from megaproof.kernel.host import sizes
+from megaproof.kernel.programs import moe
 from megaproof.proof import exact
 from megaproof.proof.adapters.megaproof import MegaproofAdapter
 from megaproof.proof.guards import GuardedAdapter
@@ -119,7 +119,7 @@ def _no_weights_outlive_the_file() -> Iterator[None]:
 
 @pytest.mark.parametrize("granularity", sizes.GRANULARITIES)
 def test_the_cubin_passes_the_gate(granularity: int) -> None:
-    assert set(api.compile_moe(granularity).report.entries) == set(api.ENTRIES)
+    assert set(moe.moe(granularity).compile().report.entries) == set(moe.ENTRIES)
 
 
 def test_recipes_that_the_kernel_does_not_compute_are_named() -> None:

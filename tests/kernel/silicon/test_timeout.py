@@ -30,13 +30,14 @@ def test_a_block_that_comes_too_late_leaves_and_the_buffer_can_be_used_again(mon
     case = Case(SHAPES["smoke"], (40,))
     made = inputs.make(case, "cuda")
     prepared = Prepared(case, made, torch.device("cuda"))
-    adapter, late = MegaproofAdapter(), delays.library(delays.ABSENT, 64)
+    adapter, late = MegaproofAdapter(), delays.program(delays.ABSENT)
+    late.library()  # compiled before the clock starts
     adapter.prepare(prepared)
     assert adapter.buffer is not None
     l1, l2 = zip(*adapter.weights, strict=True)
     with monkeypatch.context() as patch:
         patch.setattr(api, "TIMEOUT_S", LIMIT_S)
-        patch.setattr(api, "_library", lambda _: late)
+        patch.setattr(adapter.buffer, "program", lambda _: late)
         api.fp8_mega_moe(adapter.outputs, l1, l2, adapter.buffer, adapter.counts, recipe=case.recipe)
     torch.cuda.synchronize()
     adapter.fill(0xFF)
@@ -64,11 +65,12 @@ def test_who_waits_for_a_copy_that_does_not_come_gives_up(
     case = Case(deep, tokens)
     made = inputs.make(case, "cuda")
     prepared = Prepared(case, made, torch.device("cuda"))
-    adapter, library = MegaproofAdapter(), delays.library(lost, 64)
+    adapter, faulty = MegaproofAdapter(), delays.program(lost)
+    faulty.library()  # compiled before the clock starts
     adapter.prepare(prepared)
     with monkeypatch.context() as patch:
         patch.setattr(api, "TIMEOUT_S", LIMIT_S)
-        patch.setattr(api, "_library", lambda _: library)
+        patch.setattr(adapter.buffer, "program", lambda _: faulty)
         start = time.perf_counter()
         with pytest.raises(api.KernelTimeout, match=lost.says) as caught:
             adapter.launch()
@@ -99,10 +101,11 @@ def test_who_waits_in_vain_gives_up_and_the_next_launch_is_right(
     stuck, fresh = MegaproofAdapter(ring_blocks), MegaproofAdapter(ring_blocks)
     stuck.prepare(prepared)
     assert stuck.buffer is not None
-    late = delays.library(delays.STUCK, granularity)  # before the clock starts
+    late = delays.program(delays.STUCK, granularity)
+    late.library()  # compiled before the clock starts
     with monkeypatch.context() as patch:
         patch.setattr(api, "TIMEOUT_S", LIMIT_S)
-        patch.setattr(api, "_library", lambda _: late)
+        patch.setattr(stuck.buffer, "program", lambda _: late)
         start = time.perf_counter()
         with pytest.raises(api.KernelTimeout) as caught:
             stuck.launch()
