@@ -8,7 +8,7 @@ from megaproof.proof.emulated import emulate_command
 from megaproof.proof.faults.adapters import wrong_command
 from megaproof.proof.faults.delays import delays_command
 from megaproof.proof.sanitize import sanitize_command
-from megaproof.proof.worlds.gloo import gloo_command
+from megaproof.proof.worlds.command import gloo_command
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 app.command("wrong")(wrong_command)

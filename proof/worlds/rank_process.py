@@ -1,13 +1,15 @@
-"""The ranks of one run, a process each: `python -m proof.worlds.rank_process FOLDER`, started by `proof.worlds.gloo`.
+"""The ranks of one run, a process each: `python -m megaproof.proof.worlds.rank_process FOLDER`, started by `gloo.py`.
 
 This process, the starter, imports torch and loads the compiled arithmetic once, forks the ranks and waits for them.
-FOLDER/job.json says what to compute. There every rank leaves, as rank<r>.<name>: log (what it prints), pid, state
-(where it is, one line), result.safetensors, and error.json when it raised; the starter adds its exit status. A rank
-computes on one thread; ranks die with the starter, and the starter with the process that started it.
+FOLDER/job.json says what to compute. There every rank leaves, as rank<r>.<name>: log (what it prints), pid, mark (how
+far it is, see `supervisor.Mark`), stack (where each of its threads is, when asked by SIGUSR1), result.safetensors, and
+error.json when it raised; the starter adds its exit status. A rank computes on one thread; ranks die with the starter,
+and the starter with the process that started it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import faulthandler
@@ -29,6 +31,7 @@ from torch import Tensor
 
 from megaproof.cases import inputs
 from megaproof.cases.cases import Case
+from megaproof.proof.worlds.supervisor import Mark
 from megaproof.quant import twin
 from megaproof.quant.recipe import Recipe
 from megaproof.quant.shapes import Shape
@@ -60,13 +63,26 @@ def case_from_json(fields: dict[str, Any]) -> Case:
     return Case(**fields | {"shape": shape, "recipe": recipe, "tokens": tuple(fields["tokens"])})
 
 
+class Progress:
+    """The marks that a rank leaves in a file, each in the place of the one before."""
+
+    def __init__(self, file: Path) -> None:
+        self._file, self._number, self._exchange = file, 0, 0
+
+    def mark(self, text: str, waits: bool = False) -> None:
+        """Says where the rank is; waits: it begins to wait for all the others."""
+        self._number += 1
+        self._exchange += waits
+        write_text(self._file, Mark(self._number, self._exchange, waits, text).to_json())
+
+
 class GlooExchange:
     """The `Exchange` of a process: torch.distributed over gloo. Messages travel as uint8, on the CPU."""
 
-    def __init__(self, rank: int, ranks: int, store: Path, timeout_s: float, note: Callable[[str], None]) -> None:
-        """note(text) is told where the rank is: what a rank that hangs was doing."""
-        self.ranks, self.note, self.calls = ranks, note, 0
-        note("in the rendezvous")
+    def __init__(self, rank: int, ranks: int, store: Path, timeout_s: float, progress: Progress) -> None:
+        """Returns when all ranks have found each other. Raises `PeerLost`."""
+        self.ranks, self.progress, self.calls = ranks, progress, 0
+        progress.mark("in the rendezvous", waits=True)
         try:
             dist.init_process_group(
                 "gloo",
@@ -77,12 +93,13 @@ class GlooExchange:
             )
         except RuntimeError as error:
             raise PeerLost("the ranks did not find each other") from error
-        note("computing")
+        progress.mark("connected")
 
     def all_to_all(self, messages: list[Tensor]) -> list[Tensor]:
+        """See `Exchange`. Raises `PeerLost` when another rank is gone."""
         check_messages(messages, self.ranks)
         self.calls += 1
-        self.note(f"in exchange {self.calls}")
+        self.progress.mark(f"in exchange {self.calls}", waits=True)
         lengths = torch.tensor([len(message) for message in messages]).view(torch.uint8)
         their_lengths = torch.empty_like(lengths)
         try:
@@ -92,12 +109,12 @@ class GlooExchange:
             dist.all_to_all_single(received, torch.cat(messages).cpu(), come, [len(message) for message in messages])
         except RuntimeError as error:
             raise PeerLost(f"exchange {self.calls} broke") from error
-        self.note(f"computing, after exchange {self.calls}")
+        self.progress.mark(f"computing, after exchange {self.calls}")
         return list(received.to(messages[0].device).split(come))
 
     def leave(self) -> None:
         """Returns when all ranks are here: none closes its connections while another still reads from them."""
-        self.note("in the last barrier")
+        self.progress.mark("in the last barrier", waits=True)
         try:
             dist.barrier()
         except RuntimeError as error:
@@ -107,12 +124,11 @@ class GlooExchange:
 
 def run(folder: Path, rank: int, job: dict[str, Any], case: Case, before: Before | None) -> None:
     """Computes the job's case as one rank and writes the result."""
-    faulthandler.register(signal.SIGUSR1)  # asks a rank that hangs where it is
+    progress = Progress(folder / f"rank{rank}.mark")
+    faulthandler.register(signal.SIGUSR1, _log(folder, rank, "stack"))  # asks a rank that hangs where it is
     write_text(folder / f"rank{rank}.pid", str(os.getpid()))
-    state = folder / f"rank{rank}.state"
-    gloo = GlooExchange(
-        rank, case.ranks, folder / "store", job["exchange_timeout_s"], lambda text: write_text(state, text)
-    )
+    progress.mark("started")
+    gloo = GlooExchange(rank, case.ranks, folder / "store", job["exchange_timeout_s"], progress)
     exchange = before(gloo, rank) if before else gloo
 
     made = inputs.make(case, job["device"])
@@ -120,8 +136,20 @@ def run(folder: Path, rank: int, job: dict[str, Any], case: Case, before: Before
     shape = case.shape
     dimensions = Dimensions(case.ranks, shape.hidden, shape.topk, shape.experts, case.tokens, x.device)
     own = (x, x_sf, topk_idx, topk_weights, made.weights)
-    write_result(folder, rank, rank_layer(exchange, rank, dimensions, case.recipe, *own, trace=True))
+    progress.mark("computing, with its inputs made")
+
+    def expert_done(done: int, total: int) -> None:
+        progress.mark(f"computing, {done} of {total} experts done, after exchange {gloo.calls}")
+
+    result = rank_layer(exchange, rank, dimensions, case.recipe, *own, trace=True, progress=expert_done)
+    progress.mark("writing its result")
+    write_result(folder, rank, result)
     gloo.leave()
+
+
+def _log(folder: Path, rank: int, name: str) -> int:
+    """The descriptor of a new file of a rank; it stays open as long as the process."""
+    return os.open(folder / f"rank{rank}.{name}", os.O_WRONLY | os.O_CREAT, 0o600)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -158,9 +186,11 @@ def start_ranks(folder: Path) -> None:
 
     def end(*_: object) -> None:
         for pid in running:
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it was waited for a moment ago
+                os.kill(pid, signal.SIGKILL)
         for pid in running:
-            os.waitpid(pid, 0)
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, 0)
         os._exit(1)
 
     signal.signal(signal.SIGTERM, end)
@@ -181,7 +211,7 @@ def _be(folder: Path, rank: int, job: dict[str, Any], case: Case, before: Before
     """The life of a rank. It leaves at once when something raised, so that the others see it."""
     status = 1
     try:
-        log = os.open(folder / f"rank{rank}.log", os.O_WRONLY | os.O_CREAT, 0o600)
+        log = _log(folder, rank, "log")
         os.dup2(log, 1)
         os.dup2(log, 2)
         run(folder, rank, job, case, before)

@@ -1,6 +1,8 @@
 """One process a rank over gloo: the same bits as all ranks in one process; and no way to fail without turning red.
 
-The functions named by `before=` run inside the ranks: they are the faults of these tests, and live here alone.
+The functions named by `before=` run inside the ranks: they are the faults of these tests, and live here alone. Who is
+named for what, and when, is tested without processes in test_supervisor.py; here the supervisor's clock moves only
+while the ranks are where a test wants them, so that no verdict depends on how busy the machine is.
 """
 
 from __future__ import annotations
@@ -10,8 +12,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -23,8 +26,9 @@ from megaproof.cases.cases import CASES, Case
 from megaproof.cases.compare import same
 from megaproof.proof import __main__ as cli
 from megaproof.proof.worlds import gloo
-from megaproof.proof.worlds.gloo import RankFailure, run_processes
+from megaproof.proof.worlds.gloo import RankFailure, process_state, run_processes
 from megaproof.proof.worlds.rank_process import case_from_json, case_to_json
+from megaproof.proof.worlds.supervisor import Finding, Limits, Supervisor, View
 from megaproof.quant import twin
 from megaproof.quant.recipe import RECIPES
 from megaproof.quant.shapes import SHAPES
@@ -33,13 +37,12 @@ from megaproof.reference.exchange import Exchange, lockstep
 from megaproof.reference.layer import LayerResult, moe_layer
 from megaproof.reference.ranks import RankResult, rank_layer
 from megaproof.reference.stages import STAGES
+from megaproof.tests.support.patience import PATIENCE_S, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 SMOKE = SHAPES["smoke"]
 FAULTY = Case(SMOKE, (2, 0, 1), routing="zipf")
 """Three ranks, one of them idle."""
-SECONDS = 30
-"""A run with a fault ends long before its timeout of 300 s: a few, on a busy machine."""
 
 
 def compare(case: Case, actual: LayerResult) -> int:
@@ -136,7 +139,13 @@ def hanging(exchange: Exchange, rank: int) -> Exchange:
     return _noted(exchange, rank, 1, sleep_for_ever)
 
 
+def at_fault(pids: Path) -> bool:
+    """Whether the rank that hangs does so by now."""
+    return pids.with_suffix(".hangs").exists()
+
+
 def sleep_for_ever() -> None:
+    Path(os.environ["MEGAPROOF_TEST_PIDS"]).with_suffix(".hangs").touch()
     while True:
         time.sleep(3600)
 
@@ -151,74 +160,89 @@ def pids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def running(pids: Path) -> list[int]:
     """The noted processes that still run; a zombie has ended."""
     found = [int(path.name) for path in pids.iterdir()]
-    alive = []
-    for pid in found:
-        stat = Path(f"/proc/{pid}/stat")
-        try:
-            state = stat.read_text().rpartition(")")[2].split()[0]
-        except OSError:
-            continue
-        if state not in "ZX":
-            alive.append(pid)
-    return alive
+    return [pid for pid in found if process_state(pid) not in ("", "Z", "X")]
 
 
-def fail(fault: str, timeout_s: float = 300) -> RankFailure:
-    started = time.monotonic()
+class WhenReady(Supervisor):
+    """Its clock stands still until the ranks are where the test wants them; then a second passes with each look."""
+
+    def __init__(self, ready: Callable[[Sequence[View]], bool] = lambda views: False) -> None:
+        self.ready, self.seconds, self.begun = ready, 0.0, time.monotonic()
+        super().__init__(Limits(quiet_s=10, echo_s=10), lambda: self.seconds)
+
+    def look(self, views: Sequence[View], starter: str | None = None) -> Finding | Literal["done"] | None:
+        if self.ready(views) or time.monotonic() - self.begun > PATIENCE_S:
+            self.seconds += 1
+        return super().look(views, starter)
+
+
+def fail(fault: str, supervisor: Supervisor | None = None) -> RankFailure:
     with pytest.raises(RankFailure) as caught:
-        run_processes(FAULTY, timeout_s, before=f"megaproof.tests.proof.test_processes:{fault}")
-    assert time.monotonic() - started < SECONDS
+        run_processes(FAULTY, supervisor, before=f"megaproof.tests.proof.test_processes:{fault}")
     return caught.value
 
 
+@pytest.mark.clock
 def test_a_rank_that_raises(pids: Path) -> None:
-    failure = fail("raising")
+    failure = fail("raising", WhenReady())
     assert (failure.rank, failure.kind, failure.code) == (1, "raised", 1)
     assert "rank 1 of 3 raised: OverflowError: a fault of the test" in str(failure)
     assert "in all_to_all" in failure.text
     assert "in rank_layer" in failure.text
-    assert len(list(pids.iterdir())) == 3
-    assert running(pids) == []
+    wait_for(lambda: running(pids) == [])
 
 
+@pytest.mark.clock
 def test_a_rank_that_is_killed(pids: Path) -> None:
     """The others raise, since the connection is gone; the cause is what gets reported."""
-    failure = fail("killed")
+    failure = fail("killed", WhenReady())
     assert (failure.rank, failure.kind, failure.code) == (2, "died", -signal.SIGKILL)
-    assert "signal SIGKILL, computing, after exchange 1" in str(failure)
-    assert running(pids) == []
+    assert "signal SIGKILL, computing, " in str(failure)
+    assert "after exchange 1" in failure.how
+    wait_for(lambda: running(pids) == [])
 
 
+@pytest.mark.clock
 def test_a_rank_that_leaves_with_status_0_and_no_result(pids: Path) -> None:
-    failure = fail("leaving")
+    failure = fail("leaving", WhenReady())
     assert (failure.rank, failure.kind, failure.code) == (0, "died", 0)
     assert "on my way out" in failure.text
-    assert running(pids) == []
+    wait_for(lambda: running(pids) == [])
 
 
+def others_wait(views: Sequence[View]) -> bool:
+    """Whether ranks 0 and 2 are in the second exchange."""
+    return all(view.mark is not None and view.mark.text == "in exchange 2" for view in (views[0], views[2]))
+
+
+@pytest.mark.clock
 def test_a_rank_that_hangs(pids: Path) -> None:
     """The others wait in their second exchange; the report has the stack of the one that never got there."""
-    failure = fail("hanging", timeout_s=10)
+    failure = fail("hanging", WhenReady(lambda views: others_wait(views) and at_fault(pids)))
     assert (failure.rank, failure.kind, failure.code) == (1, "hung", None)
-    assert "no end after 10 s, computing, after exchange 1" in str(failure)
+    assert failure.how.startswith("no progress for 10 s, computing, ")
     assert "in sleep_for_ever" in failure.text
     assert "rank 0 in exchange 2; rank 2 in exchange 2" in failure.text
-    assert running(pids) == []
+    wait_for(lambda: running(pids) == [])
 
 
+@pytest.mark.clock
 def test_a_rank_that_is_stopped(pids: Path) -> None:
-    failure = fail("stopped", timeout_s=10)
+    failure = fail("stopped", WhenReady(lambda views: others_wait(views) and views[1].stopped))
     assert (failure.rank, failure.kind) == (1, "hung")
-    assert running(pids) == []
+    assert "and its process is stopped" in failure.how
+    wait_for(lambda: running(pids) == [])
 
 
+@pytest.mark.clock
 def test_a_hook_that_cannot_be_found() -> None:
     """The starter never gets to its ranks."""
-    failure = fail("no_such_hook")
+    failure = fail("no_such_hook", WhenReady())
     assert (failure.rank, failure.kind, failure.code) == (0, "died", 1)
     assert "has no attribute 'no_such_hook'" in failure.text
 
 
+@pytest.mark.clock
 def test_ranks_end_with_the_process_that_started_them(pids: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Killed, it can clean up nothing; its ranks, one of which hangs, go all the same."""
     hanging = "megaproof.tests.proof.test_processes:hanging"
@@ -231,13 +255,6 @@ def test_ranks_end_with_the_process_that_started_them(pids: Path, tmp_path_facto
         parent.kill()
         parent.wait()
     wait_for(lambda: running(pids) == [])
-
-
-def wait_for(what: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + SECONDS
-    while not what():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
@@ -253,8 +270,8 @@ def invoke(*arguments: str) -> tuple[int, str]:
 
 def test_the_command_compares_every_stage() -> None:
     """As a user starts it; the other tests call it in this process."""
-    line = [sys.executable, "-m", "megaproof.proof.worlds.gloo", CASE.id]
-    ended = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    line = [sys.executable, "-m", "megaproof.proof", "gloo", CASE.id]
+    ended = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     for stage in ("rows", *STAGES):
         assert f"equal  {stage} " in ended.stdout
@@ -263,7 +280,7 @@ def test_the_command_compares_every_stage() -> None:
     assert f"{rows * (512 + 16 + 16):,} bytes sent to experts, {rows * (1024 + 8):,} back" in ended.stdout
 
 
-def one_bit_off(case: Case, timeout_s: float) -> list[RankResult]:
+def one_bit_off(case: Case, supervisor: Supervisor) -> list[RankResult]:
     """Results of ranks in one process; the last rank's y has one bit flipped."""
     x, x_sf, topk_idx, topk_weights, weights = inputs.make(case).arguments()
     problem = check(case.recipe, x, x_sf, topk_idx, topk_weights, case.shape.experts, None)
@@ -286,11 +303,17 @@ def test_one_bit_that_differs_is_status_1(monkeypatch: pytest.MonkeyPatch) -> No
     assert f"1 of {len(STAGES) + 1} stages differ" in output
 
 
-def test_a_run_that_fails_is_status_1() -> None:
-    """No rank is up after a fraction of a second."""
-    status, output = invoke(CASE.id, "--timeout", "0.1")
+def test_a_run_that_fails_is_status_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the options are the limits of its supervisor."""
+
+    def late(case: Case, supervisor: Supervisor) -> list[RankResult]:
+        assert (supervisor.limits.quiet_s, supervisor.limits.whole_s) == (7, 0.5)
+        raise RankFailure(0, case.ranks, "late", "the run has not ended", "in exchange 2", None)
+
+    monkeypatch.setattr(gloo, "rank_results", late)
+    status, output = invoke(CASE.id, "--timeout", "0.5", "--quiet", "7")
     assert status == 1
-    assert "rank 0 of 2 hung: no end after 0.1 s, starting" in output
+    assert "rank 0 of 2 late: the run has not ended\nin exchange 2" in output
 
 
 def test_an_unknown_case_is_a_usage_error() -> None:
