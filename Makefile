@@ -5,7 +5,7 @@
 SHELL := bash
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help gate test lint format setup clean distclean
+.PHONY: help gate test clock lint format setup clean distclean
 
 PYTHON ?=
 PYTEST_ARGS ?=
@@ -29,6 +29,9 @@ gate:  ## the gate: every dsv4_flash case at 8 ranks
 test:  ## formatting, lint and the whole suite, on two workers where pytest-xdist is installed
 	@$(with_python); $(call with_ruff,$(check)); workers=$$("$$python" -c 'import xdist' 2>/dev/null && echo "-n 2" || true); \
 	set -x; "$$python" -m pytest $$workers $(PYTEST_ARGS)
+
+clock:  ## the tests that real time could decide, 100 times on a machine that is kept busy
+	@$(with_python); set -x; "$$python" -m megaproof.tests.support.busy --times 100 --burn 4
 
 lint:  ## formatting and lint, checked only
 	@$(with_python); $(call with_ruff,$(check))

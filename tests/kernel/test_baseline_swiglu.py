@@ -20,6 +20,7 @@ from megaproof.quant.recipe import RECIPES, Recipe
 from megaproof.quant.scale import activation_scale
 from megaproof.reference import swiglu
 from megaproof.tests.support import swiglu_rows
+from megaproof.tests.support.patience import PATIENCE_S
 from megaproof.tests.support.runs import ROOT
 from megaproof.tests.support.swiglu_rows import expected
 
@@ -82,7 +83,7 @@ def interpreted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tensor, Tenso
     recipes = json.dumps([recipe.fields() for recipe in BOUNDED.values()])
     save_file({"gate_up": gate_up, "weight": weight}, folder / "in", {"recipes": recipes})
     command = [sys.executable, "-m", "megaproof.tests.support.interpreted", str(folder / "in"), str(folder / "out")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr
     return gate_up, weight, load_file(folder / "out"), done.stdout
 

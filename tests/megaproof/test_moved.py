@@ -13,6 +13,7 @@ import typer.main
 
 from megaproof import moved
 from megaproof.proof import adapters
+from megaproof.tests.support.patience import PATIENCE_S
 from megaproof.tests.support.runs import ROOT, environment, pytest_run, python
 
 PAGE = (ROOT / "docs" / "migration.md").read_text(encoding="utf-8")
@@ -61,7 +62,7 @@ def test_every_old_import_gives_one_line_that_names_the_new_one() -> None:
     names = sorted(table("Imports"))
     asked = [n for n in names if n != "tests.cases" and (n in moved.IMPORTS or not n.startswith("tests."))]
     command = [sys.executable, "-c", WALK, json.dumps(asked)]
-    run = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+    run = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=PATIENCE_S)
     assert run.returncode == 0, run.stderr
     for name, line in json.loads(run.stdout).items():
         if line is None:

@@ -12,6 +12,7 @@ import torch
 from megaproof.proof import adapters
 from megaproof.proof.adapters.megaproof import MegaproofAdapter
 from megaproof.proof.adapters.reference import ReferenceAdapter
+from megaproof.tests.support.patience import PATIENCE_S
 from megaproof.tests.support.runs import ROOT, environment
 
 BAD = {
@@ -87,7 +88,7 @@ def test_pytest_refuses_it_at_the_start() -> None:
         "no_such_module:make",
         "tests/cases/test_cases.py",
     ]
-    run = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+    run = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=PATIENCE_S)
     assert run.returncode == pytest.ExitCode.USAGE_ERROR
     assert "module no_such_module can't be imported" in run.stderr
     assert "Traceback" not in run.stderr
@@ -106,7 +107,7 @@ def test_one_that_fails_at_the_start_is_a_wrong_option(tmp_path: Path) -> None:
         "tests/cases/test_cases.py",
     ]
     variables = environment() | {"PYTHONPATH": str(tmp_path)}
-    run = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=120)
+    run = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=PATIENCE_S)
     assert run.returncode == pytest.ExitCode.USAGE_ERROR
     assert "--kernel failing_adapter:make raises RuntimeError: no driver" in run.stderr
     assert "failing_adapter.py" in run.stderr

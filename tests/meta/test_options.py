@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from megaproof.tests.support.patience import PATIENCE_S
 from megaproof.tests.support.runs import CASES, FAILS, TIERS, environment, pytest_run, python
 
 
@@ -81,7 +82,9 @@ def test_a_failure_ends_with_a_line_that_reproduces_it(tmp_path: Path) -> None:
     }
     line = next(line for line in lines if "--seed" in line)
     command = [*shlex.split(line), "-p", "conftest"]
-    replay = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120)
+    replay = subprocess.run(
+        command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=PATIENCE_S
+    )
     assert "assert 4 < 0" in replay.stdout, replay.stdout
     assert replay.returncode == 1
 

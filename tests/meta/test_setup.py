@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from megaproof.tests.support.patience import PATIENCE_S
 from megaproof.tests.support.runs import ROOT, environment
 
 PYTHONS = ("3.11", "3.12", "3.13", "3.14")
@@ -58,7 +59,7 @@ def interpreter(checkout: Path, **variables: str) -> subprocess.CompletedProcess
     path = os.pathsep.join([str(checkout.parent / "bin"), str(tools)])
     env = {"PATH": path, **variables}
     command = [str(tools / "bash"), ".ci/python"]
-    return subprocess.run(command, cwd=checkout, env=env, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, cwd=checkout, env=env, capture_output=True, text=True, timeout=PATIENCE_S)
 
 
 def installs(checkout: Path) -> list[str]:
@@ -138,7 +139,7 @@ def test_this_interpreter_would_be_used(tmp_path: Path) -> None:
     """The list of needed modules is right: the interpreter that runs the suite has them all."""
     command = ["bash", str(ROOT / ".ci" / "python")]
     env = environment() | {"PYTHON": sys.executable}
-    run = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    run = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=PATIENCE_S)
     assert (run.returncode, run.stdout.strip()) == (0, sys.executable), run.stderr
 
 

@@ -9,6 +9,7 @@ import textwrap
 from pathlib import Path
 
 from megaproof.tests.support import warm
+from megaproof.tests.support.patience import PATIENCE_S
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -92,7 +93,7 @@ def environment() -> dict[str, str]:
 def python(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Runs this interpreter in `folder`; text of both streams is captured."""
     command = [sys.executable, *arguments]
-    return subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=PATIENCE_S)
 
 
 def pytest_run(folder: Path, source: str, *arguments: str, header: bool = False) -> subprocess.CompletedProcess[str]:

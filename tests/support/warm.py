@@ -22,6 +22,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from megaproof.tests.support.patience import PATIENCE_S
+
 _TEMPLATE = """
 import json, os, socket, sys, traceback
 sys.path[:0] = json.loads(sys.argv[2])
@@ -123,7 +125,7 @@ def _template(python_path: str, devices: str) -> _Template:
 
 
 def pytest_main(
-    folder: Path, arguments: list[str], environment: dict[str, str], timeout_s: float = 120
+    folder: Path, arguments: list[str], environment: dict[str, str], timeout_s: float = PATIENCE_S
 ) -> subprocess.CompletedProcess[str]:
     """`python -m pytest ARGUMENTS` in `folder`, with both streams captured; see the module for what is shared.
 

@@ -53,6 +53,7 @@ def test_every_size_ends(size: int) -> None:
     assert torch.equal(data, before)
 
 
+@pytest.mark.clock
 @pytest.mark.gpu
 def test_time_grows_with_bytes_at_a_rate_that_memory_has() -> None:
     """A read that left bytes out would be faster than the memory of any Hopper card: 4.9 TB/s at most."""

@@ -21,6 +21,9 @@ from megaproof.quant.shapes import SHAPES, Shape
 from megaproof.reference.layer import moe_layer
 
 LIMIT_S = 0.2
+SOON_S = 20.0
+"""A launch in which somebody waits in vain ends within LIMIT_S and the two seconds of a late role; the rest is for a
+host that is busy. A hundred waits one after the other would take longer."""
 MESSAGE = r"rank (\d+), block (\d+), ([a-z ]+) waited for ([a-zA-Z0-9 ]+): expected (\d+), saw (\d+)"
 
 
@@ -54,6 +57,7 @@ def test_a_block_that_comes_too_late_leaves_and_the_buffer_can_be_used_again(mon
     adapter.close()
 
 
+@pytest.mark.clock
 @pytest.mark.gpu
 @pytest.mark.parametrize("tokens", [(40,), (4000,), (500,) * 8], ids=lambda tokens: f"r{len(tokens)}-t{tokens[0]}")
 @pytest.mark.parametrize("lost", delays.LOST, ids=lambda lost: lost.id)
@@ -76,7 +80,7 @@ def test_who_waits_for_a_copy_that_does_not_come_gives_up(
             adapter.launch()
     seconds = time.perf_counter() - start
     print(f"after {seconds:.2f} s: {caught.value}")
-    assert LIMIT_S < seconds < 5
+    assert LIMIT_S < seconds < SOON_S
     adapter.prepare(prepared)
     adapter.launch()
     wanted = moe_layer(case.recipe, *made.arguments(), experts=case.shape.experts)
@@ -85,6 +89,7 @@ def test_who_waits_for_a_copy_that_does_not_come_gives_up(
     adapter.close()
 
 
+@pytest.mark.clock
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("ring_blocks", "granularity"),
@@ -111,8 +116,7 @@ def test_who_waits_in_vain_gives_up_and_the_next_launch_is_right(
             stuck.launch()
     seconds = time.perf_counter() - start
     print(f"after {seconds:.2f} s: {caught.value}")
-    # The stuck role ends after two seconds by itself; nobody waits much longer than for it.
-    assert LIMIT_S < seconds < delays.STUCK.microseconds / 1e6 + 1
+    assert LIMIT_S < seconds < SOON_S, "the stuck role ends after two seconds by itself; who waits longer hangs"
 
     message = re.fullmatch(MESSAGE, str(caught.value))
     assert message, f"{caught.value} names no rank, block, role, counter, expected and seen value"
