@@ -11,20 +11,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from megaproof.cases import inputs
 from megaproof.cases.cases import CASES, Case
 from megaproof.cases.compare import bits
+from megaproof.cases.run import CaseRun, run_case
 from megaproof.golden import silicon, store
 from megaproof.quant import twin
 from megaproof.quant.recipe import Recipe
 from megaproof.quant.tables import TableError
-from megaproof.reference.layer import LayerResult, moe_layer
 from megaproof.toolchain.build import BuildError, EnvironmentMissing
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
@@ -32,14 +30,6 @@ console = Console()
 
 Folder = Annotated[Path, typer.Option("--folder", help="folder of the goldens")]
 Only = Annotated[str, typer.Option("--only", "-k", help="only cases whose id contains this text")]
-
-
-def compute(case: Case, progress: Callable[[int, int], None] | None = None) -> tuple[str, LayerResult]:
-    """(digest of the inputs, traced result) of a case, on the GPU where there is one."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    made = inputs.make(case, device)
-    experts = case.shape.experts
-    return made.sha256(), moe_layer(case.recipe, *made.arguments(), trace=True, experts=experts, progress=progress)
 
 
 def _selected(only: str) -> list[Case]:
@@ -70,8 +60,8 @@ def verify(only: Only = "", folder: Folder = store.FOLDER) -> None:
         started = time.monotonic()
         try:
             golden = store.read(case, folder)
-            digest, result = compute(case, progress)
-            size = store.check(case, golden, digest, result.trace or {})
+            run = run_case(case, progress=progress)
+            size = store.check(case, golden, run.sha256, run.trace)
         except store.GoldenError as error:
             failures.append(str(error))
             console.print(f"[red]differs[/] {case.id}", highlight=False)
@@ -111,23 +101,22 @@ def regenerate(
     unexplained = []
 
     def make(case: Case, progress: Callable[[int, int], None]) -> None:
-        digest, result = compute(case, progress)
-        before = old.get(case.id)
-        golden = store.make_entry(case, digest, result.trace or {}, f"reference, {twin.describe()}", reason)
+        run, before = run_case(case, progress=progress), old.get(case.id)
+        golden = store.make_entry(case, run.sha256, run.trace, f"reference, {twin.describe()}", reason)
         if before is not None and before["recipe_id"] == golden.entry["recipe_id"]:
             changed = store.changed_stages(before, golden.entry)
-            if not changed and before["inputs_sha256"] == digest:
+            if not changed and before["inputs_sha256"] == run.sha256:
                 golden.entry.update({key: before[key] for key in ("producer", "versions", "reason")})
                 console.print(f"same    {case.id}", highlight=False)
             else:
                 unexplained.append(case.id)
-                _print_change(case, before, result, changed or ["inputs"], folder)
+                _print_change(run, before, changed or ["inputs"], folder)
         else:
             console.print(f"{'recipe' if before else 'new   '}  {case.id}", highlight=False)
             if before is None:
                 unexplained.append(case.id)
             else:
-                _print_change(case, before, result, store.changed_stages(before, golden.entry), folder)
+                _print_change(run, before, store.changed_stages(before, golden.entry), folder)
         new[case.id] = golden
 
     selected = _selected(only)
@@ -154,20 +143,20 @@ def diff(only: Only = "", folder: Folder = store.FOLDER) -> None:
     old, changed = store.read_manifest_or_none(folder), []
 
     def show(case: Case, progress: Callable[[int, int], None]) -> None:
-        digest, result = compute(case, progress)
-        before, golden = old.get(case.id), store.make_entry(case, digest, result.trace or {}, "", "")
+        run = run_case(case, progress=progress)
+        before, golden = old.get(case.id), store.make_entry(case, run.sha256, run.trace, "", "")
         if before is None:
             changed.append(case.id)
             console.print(f"new     {case.id}", highlight=False)
             return
         fields = Recipe.from_fields(before["recipe"]).diff(case.recipe)
         stages = store.changed_stages(before, golden.entry)
-        inputs_changed = before["inputs_sha256"] != digest
+        inputs_changed = before["inputs_sha256"] != run.sha256
         if fields or stages or inputs_changed:
             changed.append(case.id)
             for name, (was, now) in fields.items():
                 console.print(f"recipe  {case.id}: {name} {was} -> {now}", highlight=False, soft_wrap=True)
-            _print_change(case, before, result, ["inputs"] * inputs_changed + stages, folder)
+            _print_change(run, before, ["inputs"] * inputs_changed + stages, folder)
 
     selected = _selected(only)
     _each(selected, show)
@@ -176,9 +165,9 @@ def diff(only: Only = "", folder: Folder = store.FOLDER) -> None:
         raise typer.Exit(1)
 
 
-def _print_change(case: Case, before: dict[str, Any], result: LayerResult, changed: list[str], folder: Path) -> None:
-    trace = result.trace or {}
-    console.print(f"[yellow]changes[/] {case.id}", highlight=False)
+def _print_change(run: CaseRun, before: dict[str, Any], changed: list[str], folder: Path) -> None:
+    trace = run.trace
+    console.print(f"[yellow]changes[/] {run.case.id}", highlight=False)
     for name in changed:
         if name == "inputs":
             console.print("  inputs: other bytes", highlight=False)

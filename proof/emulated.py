@@ -12,8 +12,8 @@ from typing import Annotated
 import torch
 import typer
 
-from megaproof.cases import inputs
 from megaproof.cases.cases import Case
+from megaproof.cases.run import run_case
 from megaproof.kernel import emulator
 from megaproof.kernel.host.buffer import BufferSize
 from megaproof.kernel.host.sizes import GROUP_BLOCKS
@@ -22,7 +22,6 @@ from megaproof.proof.adapters.emulated import EmulatedAdapter
 from megaproof.proof.prove import Proof, prove
 from megaproof.quant.recipe import Recipe
 from megaproof.quant.shapes import Shape
-from megaproof.reference.layer import moe_layer
 
 
 def draw(seed: int) -> tuple[Case, int | None, emulator.Run]:
@@ -47,9 +46,8 @@ def draw(seed: int) -> tuple[Case, int | None, emulator.Run]:
 def proof(seed: int) -> Proof:
     """Raises AssertionError."""
     case, ring, run = draw(seed)
-    made = inputs.make(case)
-    expected = moe_layer(case.recipe, *made.arguments(), trace=True, experts=case.shape.experts)
-    return prove(EmulatedAdapter(ring, run), Prepared(case, made, torch.device("cpu")), expected)
+    found = run_case(case, "cpu")
+    return prove(EmulatedAdapter(ring, run), Prepared(case, found.inputs, torch.device("cpu")), found.result)
 
 
 def emulate_command(

@@ -12,22 +12,21 @@ import functools
 import random
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor
 
-from megaproof.cases import inputs
 from megaproof.cases.cases import CASES, Case
 from megaproof.cases.compare import same
+from megaproof.cases.run import CaseRun, run_case
 from megaproof.golden import store
 from megaproof.proof import adapters, bundle, exact, memory
 from megaproof.proof.prove import Convicted, prove
 from megaproof.quant import atoms
 from megaproof.quant.cast import BLOCK
 from megaproof.reference import combine, dispatch, gemm, oracle, scatter, swiglu
-from megaproof.reference.layer import LayerResult, moe_layer
+from megaproof.reference.layer import moe_layer
 
 SAMPLE_EXPERTS, SAMPLE_ROWS = 3, 4
 """Experts of a case whose rooms are computed again by the readable atoms, and rows of each."""
@@ -36,19 +35,8 @@ SAMPLE_TOKENS, SAMPLE_COLUMNS = 2, 96
 LARGE = ("dsv4_pro", "mimo_pro", "glm")
 
 
-@dataclass
-class Run:
+class Run(CaseRun):
     """One case, computed once for all its proofs."""
-
-    case: Case
-    inputs: inputs.Inputs
-    sha256: str
-    result: LayerResult
-
-    @property
-    def trace(self) -> dict[str, Tensor]:
-        assert self.result.trace is not None
-        return self.result.trace
 
     def random(self, proof: str) -> random.Random:
         """A generator of samples: the same for a case, a proof and a seed, on every machine."""
@@ -78,13 +66,7 @@ class Run:
 @pytest.fixture(scope="module")
 def run(case: Case) -> Iterator[Run]:
     """A case with its inputs and its traced result, made once for all of its proofs."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    made = inputs.make(case, device)
-    before = made.sha256()
-    result = moe_layer(case.recipe, *made.arguments(), trace=True, experts=case.shape.experts)
-    assert made.sha256() == before, "the layer wrote to its inputs"
-    found = Run(case, made, before, result)
-    del made, result
+    found = Run(**vars(run_case(case)))
     yield found
     vars(found).clear()  # pytest holds it until after this
     memory.free(0)

@@ -128,14 +128,14 @@ def child(ranks: int) -> None:
 
     from megaproof.cases import inputs
     from megaproof.cases.compare import same
+    from megaproof.cases.run import run_case
     from megaproof.kernel import api
     from megaproof.proof.adapters import Prepared
     from megaproof.proof.adapters.megaproof import MegaproofAdapter
-    from megaproof.reference.layer import moe_layer
 
     case, ring = recycling(ranks)
-    made, device = inputs.make(case), torch.device("cuda")
-    wanted = moe_layer(case.recipe, *made.arguments(), experts=case.shape.experts)
+    run, device = run_case(case, "cpu", trace=False), torch.device("cuda")
+    made, wanted = run.inputs, run.result
     assert all(int((counts > 0).sum()) > ring for counts in wanted.stats), "no place of the ring is taken twice"
     api.TIMEOUT_S = float(LIMIT_S)  # a tool makes everything slower, at most by this
     on_gpu = [[tensor.to(device) for tensor in part] for part in made.arguments()[:4]]

@@ -19,9 +19,10 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from megaproof.cases import inputs
 from megaproof.cases.cases import CASES, GATE, Case
 from megaproof.cases.compare import bits
+from megaproof.cases.inputs import Inputs
+from megaproof.cases.run import CaseRun, run_case
 from megaproof.golden.store import stage_digest
 from megaproof.proof import bundle
 from megaproof.proof.explain import replay
@@ -29,7 +30,6 @@ from megaproof.proof.explain.anatomy import Disagreement
 from megaproof.proof.explain.derive import ExplainError, Question
 from megaproof.quant import twin
 from megaproof.reference import oracle
-from megaproof.reference.layer import LayerResult, moe_layer
 from megaproof.reference.stages import STAGES
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
@@ -48,37 +48,28 @@ def find_case(case_id: str) -> Case:
     return matching[0]
 
 
-def compute(case: Case) -> tuple[inputs.Inputs, LayerResult, float]:
-    """(inputs, traced result, seconds) of a case, with progress on the terminal."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    made = inputs.make(case, device)
+def compute(case: Case) -> tuple[CaseRun, float]:
+    """(the traced run, its seconds) of a case, with progress on the terminal."""
     started = time.monotonic()
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(f"{case.id}: experts", total=None)
-        result = moe_layer(
-            case.recipe,
-            *made.arguments(),
-            trace=True,
-            experts=case.shape.experts,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
-    return made, result, time.monotonic() - started
+        found = run_case(case, progress=lambda done, total: bar.update(task, completed=done, total=total))
+    return found, time.monotonic() - started
 
 
 @app.command()
 def run(case_id: CaseId, as_json: AsJson = False) -> None:
     """Computes one case and prints time, peak memory and the digest of every stage."""
     case = find_case(case_id)
-    _, result, seconds = compute(case)
-    trace = result.trace or {}
+    found, seconds = compute(case)
     report = {
         "case": case.id,
         "recipe_id": case.recipe.recipe_id,
         "seconds": round(seconds, 2),
         "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10,
         "threads": torch.get_num_threads(),
-        "arithmetic": twin.describe(result.y[0].device),
-        "stages": {name: stage_digest(trace[name]) for name in STAGES},
+        "arithmetic": twin.describe(found.result.y[0].device),
+        "stages": {name: stage_digest(found.trace[name]) for name in STAGES},
     }
     if as_json:
         print(json.dumps(report))
@@ -146,18 +137,18 @@ def usual(case_id: CaseId = GATE[0].id, as_json: AsJson = False) -> None:
     Counts the elements of y whose bits differ, and prints the cosine-like figure that such tests compare with 0.01.
     """
     case = find_case(case_id)
-    made, result, _ = compute(case)
-    arguments = [torch.cat(list(tensors)).cpu() for tensors in made.arguments()[:4]]
+    found, _ = compute(case)
+    arguments = [torch.cat(list(tensors)).cpu() for tensors in found.inputs.arguments()[:4]]
     console_err = Console(stderr=True)
     console_err.print("FP32 einsum over dequantised values ...", highlight=False)
     theirs = oracle.usual_reference(
         *arguments,
-        partial(_on_host, made),
+        partial(_on_host, found.inputs),
         clamp=case.recipe.clamp,
         granularity=case.recipe.activation_granularity,
         weight_fold=case.recipe.weight_fold,
     )
-    ours = torch.cat(result.y).cpu()
+    ours = torch.cat(found.result.y).cpu()
     differing = int((bits(ours) != bits(theirs)).sum())
     report = {
         "case": case.id,
@@ -177,7 +168,7 @@ def usual(case_id: CaseId = GATE[0].id, as_json: AsJson = False) -> None:
     )
 
 
-def _on_host(made: inputs.Inputs, expert: int) -> tuple[torch.Tensor, ...]:
+def _on_host(made: Inputs, expert: int) -> tuple[torch.Tensor, ...]:
     return tuple(tensor.cpu() for tensor in made.weights(expert))
 
 
@@ -196,13 +187,13 @@ def error(
     report = {"case": case.id, "errors": {}}
     for granularity in (64, 128):
         recipe = dataclasses.replace(case.recipe, activation_granularity=granularity)
-        made, result, _ = compute(dataclasses.replace(case, recipe=recipe))
+        found, _ = compute(dataclasses.replace(case, recipe=recipe))
         chosen = torch.arange(min(tokens, case.tokens[0]))
         hidden = torch.arange(0, case.shape.hidden, max(1, case.shape.hidden // columns))[:columns]
-        arguments = [tensors[0] for tensors in made.arguments()[:4]]
+        arguments = [tensors[0] for tensors in found.inputs.arguments()[:4]]
         options = {"clamp": recipe.clamp, "silu": recipe.silu, "granularity": granularity}
-        y64, _ = oracle.fp64_layer(*arguments, partial(_on_host, made), chosen, hidden, **options)
-        report["errors"][granularity] = oracle.relative_error(result.y[0].cpu()[chosen][:, hidden].double(), y64)
+        y64, _ = oracle.fp64_layer(*arguments, partial(_on_host, found.inputs), chosen, hidden, **options)
+        report["errors"][granularity] = oracle.relative_error(found.result.y[0].cpu()[chosen][:, hidden].double(), y64)
     report["elements"] = y64.numel()
     if as_json:
         print(json.dumps(report))

@@ -9,13 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megaproof.cases import inputs
 from megaproof.cases.cases import Case
+from megaproof.cases.run import CaseRun, run_case
 from megaproof.proof.divergence import Divergence, first_divergence, place
 from megaproof.proof.divergence.place import Rows
 from megaproof.quant.shapes import SHAPES
 from megaproof.quant.stored import Stored, unsigned
-from megaproof.reference.layer import LayerResult, moe_layer
 from megaproof.reference.stages import SHOWN, STAGES
 
 CASE = Case(SHAPES["smoke"], (100, 60), routing="one_hot")
@@ -23,14 +22,13 @@ CASE = Case(SHAPES["smoke"], (100, 60), routing="one_hot")
 
 
 @functools.cache
-def layer() -> tuple[inputs.Inputs, LayerResult]:
-    made = inputs.make(CASE)
-    return made, moe_layer(CASE.recipe, *made.arguments(), trace=True, experts=CASE.shape.experts)
+def layer() -> CaseRun:
+    return run_case(CASE, "cpu")
 
 
 @functools.cache
 def rows_of(stage: str) -> Rows:
-    return place.rows_of(CASE, STAGES[stage], layer()[0].topk_idx)
+    return place.rows_of(CASE, STAGES[stage], layer().inputs.topk_idx)
 
 
 def stored(stage: str) -> Stored:
@@ -38,18 +36,15 @@ def stored(stage: str) -> Stored:
 
 
 def expected(stage: str) -> Tensor:
-    trace = layer()[1].trace
-    assert trace is not None
-    return trace[stage]
+    return layer().trace[stage]
 
 
 def found(stage: str, planted: Tensor, **known: object) -> Divergence:
     """The divergence of one planted stage."""
-    _, result = layer()
     stages = {name: planted if name == stage else expected(name) for name in SHOWN}
     y = list((planted if stage == "y" else expected("y")).split(list(CASE.tokens)))
     stats = list((planted if stage == "stats" else expected("stats")).split(8))
-    divergence = first_divergence(result, stages, y, stats, CASE, topk_idx=layer()[0].topk_idx, **known)
+    divergence = first_divergence(layer().result, stages, y, stats, CASE, topk_idx=layer().inputs.topk_idx, **known)
     assert divergence is not None
     assert divergence.stage == stage
     return divergence

@@ -11,6 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 from megaproof.cases.cases import CASES, GATE, SMOKE, Case
+from megaproof.cases.run import run_case
 from megaproof.golden import __main__ as cli
 from megaproof.golden import store
 from megaproof.quant.recipe import Recipe
@@ -22,9 +23,8 @@ CASE = next(case for case in SMOKE if case.ranks == 1)
 
 @pytest.fixture(scope="module")
 def computed() -> tuple[str, dict[str, torch.Tensor]]:
-    sha256, result = cli.compute(CASE)
-    assert result.trace is not None
-    return sha256, result.trace
+    run = run_case(CASE)
+    return run.sha256, run.trace
 
 
 @pytest.fixture
@@ -270,4 +270,4 @@ def test_capture_without_a_gpu_is_an_environment_error() -> None:
 
 def test_a_case_is_its_seed(computed: tuple[str, dict[str, torch.Tensor]]) -> None:
     other = dataclasses.replace(CASE, seed=CASE.seed + 1)
-    assert cli.compute(other)[0] != computed[0]
+    assert run_case(other).sha256 != computed[0]

@@ -10,12 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from megaproof.cases import inputs
 from megaproof.cases.cases import CASES, Case, find
+from megaproof.cases.run import run_case
 from megaproof.proof import bundle
 from megaproof.proof.divergence import Divergence, first_divergence
 from megaproof.quant.stored import unsigned
-from megaproof.reference.layer import moe_layer
 from megaproof.reference.stages import STAGES
 
 CASE = find("smoke-r2-t5-clamp10-fast1-zipf-mask30")
@@ -23,14 +22,13 @@ CASE = find("smoke-r2-t5-clamp10-fast1-zipf-mask30")
 
 def planted(stage: str = "l2_acts", case: Case = CASE) -> Divergence:
     """The last bit of the middle element of a stage is wrong."""
-    result = moe_layer(case.recipe, *inputs.make(case).arguments(), trace=True, experts=case.shape.experts)
-    assert result.trace is not None
-    wrong = {name: result.trace[name].clone() for name in STAGES}
+    run = run_case(case, "cpu")
+    wrong = {name: run.trace[name].clone() for name in STAGES}
     flat = wrong[stage].reshape(-1).view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[wrong[stage].element_size()])
     flat[len(flat) // 2] ^= 1
     y, stats = wrong.pop("y").split(list(case.tokens)), wrong.pop("stats")
     by_rank = stats.split(case.shape.experts_per_rank(case.ranks))
-    divergence = first_divergence(result, wrong, list(y), list(by_rank), case)
+    divergence = first_divergence(run.result, wrong, list(y), list(by_rank), case)
     assert divergence is not None
     return divergence
 

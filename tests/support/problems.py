@@ -13,10 +13,11 @@ import torch
 from megaproof.cases import inputs
 from megaproof.cases.cases import Case
 from megaproof.cases.inputs import Inputs
+from megaproof.cases.run import run_case
 from megaproof.proof.adapters import Prepared
 from megaproof.quant.shapes import Shape
 from megaproof.reference.arguments import Weights
-from megaproof.reference.layer import LayerResult, moe_layer
+from megaproof.reference.layer import LayerResult
 
 ONE = Case(Shape("one", 128, 128, 1, 1), (0,))
 """Of the default family, without a token."""
@@ -43,5 +44,4 @@ def make(case: Case, device: torch.device | str) -> Inputs:
 def prepared(case: Case, device: torch.device | str) -> tuple[Prepared, LayerResult]:
     """(the problem, the reference's traced result)."""
     made = make(case, device)
-    expected = moe_layer(case.recipe, *made.arguments(), trace=True, experts=case.shape.experts)
-    return Prepared(case, made, torch.device(device)), expected
+    return Prepared(case, made, torch.device(device)), run_case(case, made=made).result

@@ -17,11 +17,11 @@ from megaproof.reference.stages import SHOWN, STAGES
 
 def compare(**planted: Tensor) -> Divergence | None:
     """The divergence when some stages are replaced; y and stats are given as in the trace, all ranks in one tensor."""
-    _, result = layer()
+    result = layer().result
     stages = {name: planted.get(name, expected(name)) for name in SHOWN}
     y = list(planted.get("y", expected("y")).split(list(CASE.tokens)))
     stats = list(planted.get("stats", expected("stats")).split(CASE.shape.experts_per_rank(CASE.ranks)))
-    return first_divergence(result, stages, y, stats, CASE, topk_idx=layer()[0].topk_idx)
+    return first_divergence(result, stages, y, stats, CASE, topk_idx=layer().inputs.topk_idx)
 
 
 def test_equal_stages_do_not_diverge() -> None:
@@ -29,7 +29,7 @@ def test_equal_stages_do_not_diverge() -> None:
 
 
 def test_a_stage_that_is_not_shown_is_counted_as_missing() -> None:
-    _, result = layer()
+    result = layer().result
     comparison = compare_stages(result, {"slots": expected("slots")}, result.y, result.stats, CASE)
     assert comparison.divergence is None
     assert comparison.missing == ("l1_acts", "l1_acts_sf", "l2_acts", "l2_acts_sf")
@@ -60,7 +60,7 @@ def test_the_first_element_is_first_by_source_rank_token_and_slot() -> None:
 
 def test_the_place_is_the_one_of_the_element() -> None:
     """Every coordinate, counted again by hand from the routing."""
-    topk_idx = layer()[0].topk_idx
+    topk_idx = layer().inputs.topk_idx
     active = [(r, t, k, int(idx[t, k])) for r, idx in enumerate(topk_idx) for t in range(len(idx)) for k in range(4)]
     rank, token, slot, expert = active[610]
     before = [row for row in active[:610] if row[3] == expert]
@@ -102,7 +102,7 @@ def test_counts_and_ulps() -> None:
     ],
 )
 def test_a_wrong_shape_is_a_divergence_too(change: Callable[[list[Tensor]], list[Tensor]], says: str) -> None:
-    _, result = layer()
+    result = layer().result
     divergence = first_divergence(result, {}, change(result.y), result.stats, CASE)
     assert divergence is not None
     assert divergence.problem.startswith(says)
@@ -110,7 +110,7 @@ def test_a_wrong_shape_is_a_divergence_too(change: Callable[[list[Tensor]], list
 
 
 def test_a_stage_of_another_name_is_refused() -> None:
-    _, result = layer()
+    result = layer().result
     with pytest.raises(ValueError, match="l3_acts"):
         compare_stages(result, {"l3_acts": expected("slots")}, result.y, result.stats, CASE)
     with pytest.raises(ValueError, match="no trace"):

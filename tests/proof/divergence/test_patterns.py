@@ -36,7 +36,7 @@ def test_a_planted_error_is_named(name: str) -> None:
 
 def test_nan_payloads_are_told_from_numbers() -> None:
     """Expected is NaN too: only the payload differs."""
-    _, result = layer()
+    result = layer().result
     assert result.trace is not None
     nan = bits_to("slots", unsigned(expected("slots")).index_fill_(0, torch.tensor([4]), 0x7FFF))
     other = bits_to("slots", unsigned(expected("slots")).index_fill_(0, torch.tensor([4]), 0xFFC1))
