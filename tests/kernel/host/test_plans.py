@@ -10,18 +10,15 @@ import pytest
 import torch
 
 from megaproof.kernel import api
-from megaproof.kernel.host import checks, plans, sizes
+from megaproof.kernel.host import checks, plans
 from megaproof.kernel.host.sizes import ConfigError
 from megaproof.quant.recipe import Recipe
-from megaproof.tests.support.fake_call import BF16, CAPACITY, HIDDEN, INTER, SMS, FakeLibrary, call, installed, weights
+from megaproof.tests.support.fake_call import BF16, CAPACITY, HIDDEN, FakeLibrary, call, installed, weights
 
 
 @pytest.fixture
 def library(monkeypatch: pytest.MonkeyPatch) -> FakeLibrary:
     return installed(monkeypatch)
-
-
-# --- launch plans -----------------------------------------------------------------------------------------------------
 
 
 def test_the_same_call_encodes_nothing_again(library: FakeLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,28 +38,6 @@ def test_the_same_call_encodes_nothing_again(library: FakeLibrary, monkeypatch: 
     assert (first.timeout_ns, second.timeout_ns) == (10_000_000_000, 500_000_000)
     third.timeout_ns = first.timeout_ns
     assert bytes(third) == bytes(first)
-
-
-def test_params_hold_what_was_passed(library: FakeLibrary) -> None:
-    good = call(2)
-    api.fp8_mega_moe(**good)
-    ((_, params, (grid, *_)),) = library.launches
-    assert (grid, params.blocks_per_rank) == (SMS, SMS // 2)
-    assert params.status == good["sym_buffer"].status.data_ptr()
-    for rank in range(2):
-        own, views = params.rank[rank], good["sym_buffer"].rank(rank)
-        (w1, w1_sf), (w2, w2_sf) = good["l1_weights"][rank], good["l2_weights"][rank]
-        rows = good["sym_buffer"].size.ring_rows
-        assert list(own.l1_acts.opaque[:4]) == [views.l1_acts.data_ptr(), rows, HIDDEN, sizes.BOX_ROWS]
-        assert list(own.l2_acts.opaque[:4]) == [views.l2_acts.data_ptr(), rows, INTER, sizes.BOX_ROWS]
-        pointers = own.w1, own.w2, own.w1_sf, own.w2_sf
-        assert pointers == tuple(tensor.data_ptr() for tensor in (w1, w2, w1_sf, w2_sf))
-        assert (own.y, own.tokens) == (good["y"][rank].data_ptr(), 3 + rank)
-        assert own.stats == good["cumulative_local_expert_recv_stats"][rank].data_ptr()
-        assert params.buffer[rank] == views.storage.data_ptr()
-    size = good["sym_buffer"].size
-    assert (params.shape.pool_blocks, params.shape.ring_blocks) == (size.pool_blocks, size.ring_blocks)
-    assert params.shape.ring_rows == size.ring_rows
 
 
 def test_other_weights_and_recipes_have_their_own_plan(library: FakeLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,9 +73,6 @@ def test_the_program_is_looked_up_at_every_call(library: FakeLibrary) -> None:
     good["sym_buffer"].program = other.program
     api.fp8_mega_moe(**good)
     assert (len(library.launches), len(other.launches)) == (1, 1)
-
-
-# --- what was judged before -------------------------------------------------------------------------------------------
 
 
 def judged(monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -221,3 +193,11 @@ def test_stats_come_and_go(library: FakeLibrary) -> None:
         assert [own.stats for own in library.launches[-1][1].rank[:2]] == wanted
     with pytest.raises(ConfigError, match="recv_stats has 0 entries"):
         api.fp8_mega_moe(**good | {name: []})
+
+
+def test_the_current_device_must_be_the_buffers(library: FakeLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
+    good = call()
+    api.fp8_mega_moe(**good)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    with pytest.raises(ConfigError, match="sym_buffer is on cuda:0; it must be on the current device, cuda:1"):
+        api.fp8_mega_moe(**good)
