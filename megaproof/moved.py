@@ -63,6 +63,7 @@ IMPORTS: dict[str, str] = {
     "tests.coverage": "megaproof.proof.coverage",
     "tests.delayed": "megaproof.proof.faults.delays",
     "tests.divergence": "megaproof.proof.divergence",
+    "tests.divergence.formats": "megaproof.quant.stored",
     "tests.draws": "megaproof.cases.inputs.draws",
     "tests.emulated": "megaproof.proof.emulated",
     "tests.exact": "megaproof.proof.exact",
@@ -93,6 +94,10 @@ IMPORTS: dict[str, str] = {
 """Modules. One that is not here moved with the longest name above it that is."""
 
 NAMES: dict[str, str] = {
+    "kernel.config.Problem": "megaproof.kernel.host.buffer.BufferSize",
+    "kernel.symm.KernelTimeout": "megaproof.kernel.host.timeout.KernelTimeout",
+    "kernel.symm.SymmBuffer": "megaproof.kernel.host.symm_buffer.SymmBuffer",
+    "kernel.symm.VirtualGroup": "megaproof.kernel.host.groups.VirtualGroup",
     "quant.recipe.SHAPES": "megaproof.quant.shapes.SHAPES",
     "quant.recipe.Shape": "megaproof.quant.shapes.Shape",
     "quant.recipe.shape": "megaproof.quant.shapes.shape",
@@ -125,7 +130,7 @@ KERNELS: dict[str, str] = {
 
 TESTS: dict[str, str] = {
     "tests/test_bench_points.py": "tests/bench/test_points.py",
-    "tests/test_config.py": "tests/kernel/test_sizes.py",
+    "tests/test_config.py": "tests/kernel/host/test_sizes.py",
     "tests/test_emulator.py": "tests/kernel/test_emulator.py",
     "tests/test_progress.py": "tests/reference/test_progress.py",
     "tests/test_scheduler.py": "tests/reference/test_scheduler.py",

@@ -136,4 +136,4 @@ def test_an_old_kernel_gives_one_line(old: str) -> None:
 def test_an_old_test_file_gives_one_line(tmp_path: pytest.TempPathFactory) -> None:
     run = pytest_run(tmp_path, "", "tests/test_config.py::test_x")
     assert run.returncode == 4
-    assert "tests/test_config.py is tests/kernel/test_sizes.py now" in run.stderr
+    assert "tests/test_config.py is tests/kernel/host/test_sizes.py now" in run.stderr
