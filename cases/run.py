@@ -11,6 +11,7 @@ from torch import Tensor
 from megaproof.cases import inputs
 from megaproof.cases.cases import Case
 from megaproof.cases.inputs import Inputs
+from megaproof.reference.arguments import Dimensions
 from megaproof.reference.layer import LayerResult, moe_layer
 
 
@@ -39,6 +40,12 @@ class CaseRun:
 def default_device() -> torch.device:
     """The first GPU where torch sees one, else the CPU; the bits are the same."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def dimensions(case: Case, device: torch.device | str = "cpu") -> Dimensions:
+    """The sizes on which all ranks of a case agree; device: where their tensors are."""
+    shape = case.shape
+    return Dimensions(case.ranks, shape.hidden, shape.topk, shape.experts, case.tokens, torch.device(device))
 
 
 def run_case(

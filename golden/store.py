@@ -21,6 +21,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from megaproof.cases import case_io
 from megaproof.cases.cases import Case
 from megaproof.quant.recipe import Recipe, RecipeError
 from megaproof.reference.stages import STAGES
@@ -79,10 +80,11 @@ def make_entry(case: Case, inputs_sha256: str, trace: Mapping[str, Tensor], prod
     """The golden of a case from a trace of the layer."""
     stages = {name: trace[name] for name in STAGES}
     whole = sum(tensor.numel() * tensor.element_size() for tensor in stages.values()) <= WHOLE_TRACE_BYTES
+    fields = case_io.to_json(case)
     entry = {
         "recipe_id": case.recipe.recipe_id,
-        "recipe": case.recipe.fields(),
-        "seed": case.seed,
+        "recipe": fields["recipe"],
+        "seed": fields["seed"],
         "inputs_sha256": inputs_sha256,
         "stages": {name: stage_digest(tensor) for name, tensor in stages.items()},
         "data": "stages" if whole else "row digests",

@@ -21,14 +21,14 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from megaproof import HOME
+from megaproof.cases import case_io
 from megaproof.cases.cases import Case
-from megaproof.golden.store import replace
 from megaproof.proof.divergence import Divergence
 from megaproof.quant import twin
-from megaproof.quant.recipe import Recipe, RecipeError
-from megaproof.quant.shapes import Shape
+from megaproof.quant.recipe import RecipeError
 from megaproof.quant.stored import unsigned
 from megaproof.reference.stages import STAGES
+from megaproof.toolchain.files import replace
 
 FOLDER = HOME / "reports" / "bundles"
 LARGEST = 1 << 20
@@ -70,7 +70,7 @@ def write(divergence: Divergence, case: Case, folder: Path = FOLDER) -> Path:
     entry = {
         "bundle": FORMAT,
         "case_id": case.id,
-        "case": case_fields(case),
+        "case": case_io.to_json(case),
         "seed": case.seed,
         "recipe_id": case.recipe.recipe_id,
         "stage": divergence.stage,
@@ -113,7 +113,7 @@ def read(path: Path) -> Bundle:
         if hashlib.sha256(blob).hexdigest() != entry["tensors_sha256"]:
             raise BundleError(f"{tensors.name} is damaged: its sha256 is not the one that {path.name} names")
         found = Bundle(
-            case_of(entry["case"]),
+            case_io.from_json(entry["case"]),
             entry["stage"],
             entry["place"],
             int(entry["expected_bits"], 16),
@@ -142,26 +142,6 @@ def _check(found: Bundle) -> None:
         row = found.rows[side]
         if row.dtype != stage.format(found.case.recipe).dtype or int(unsigned(row)[column]) != bits:
             raise BundleError(f"the {side} row does not hold {bits:#x} in column {column}, as the JSON says")
-
-
-def case_fields(case: Case) -> dict[str, Any]:
-    """A case as JSON values; inverse of `case_of`."""
-    fields = {field.name: getattr(case, field.name) for field in dataclasses.fields(case)}
-    return fields | {
-        "shape": dataclasses.asdict(case.shape),
-        "tokens": list(case.tokens),
-        "recipe": case.recipe.fields(),
-    }
-
-
-def case_of(fields: dict[str, Any]) -> Case:
-    """The case of `case_fields`. Raises TypeError for a field that Case does not have, RecipeError for its values."""
-    built = {
-        "shape": Shape(**fields["shape"]),
-        "tokens": tuple(fields["tokens"]),
-        "recipe": Recipe.from_fields(fields["recipe"]),
-    }
-    return Case(**(fields | built))
 
 
 def versions() -> dict[str, str]:

@@ -9,13 +9,11 @@ import torch
 import typer
 from rich.console import Console
 
-from megaproof.cases import inputs
 from megaproof.cases.cases import find
 from megaproof.cases.compare import Differs, same
+from megaproof.cases.run import dimensions, run_case
 from megaproof.proof.worlds import gloo
 from megaproof.proof.worlds.supervisor import Limits, Supervisor
-from megaproof.reference.arguments import Dimensions
-from megaproof.reference.layer import moe_layer
 from megaproof.reference.ranks import gather
 from megaproof.reference.stages import STAGES
 from megaproof.toolchain.build import EnvironmentMissing
@@ -50,23 +48,19 @@ def gloo_command(
         console.print(str(failure), style="red", markup=False)
         raise typer.Exit(1) from None
 
-    made = inputs.make(case, "cuda" if torch.cuda.is_available() else "cpu")
-    expected = moe_layer(case.recipe, *made.arguments(), trace=True, experts=case.shape.experts)
-    dimensions = Dimensions(
-        case.ranks, case.shape.hidden, case.shape.topk, case.shape.experts, case.tokens, made.x[0].device
-    )
-    actual, differing, compared = gather(dimensions, results), 0, 0
-    if expected.trace is None or actual.trace is None:
-        raise RuntimeError("both results have to be traced")
+    expected = run_case(case).trace
+    actual, differing, compared = gather(dimensions(case), results).trace, 0, 0
+    if actual is None:
+        raise RuntimeError("the ranks' results have to be traced")
     console.print(f"{case.id}: {case.ranks} processes over gloo, {seconds:.1f} s")
     for stage in ("rows", *STAGES):
         try:
-            size = same(stage, expected.trace[stage], actual.trace[stage])
+            size = same(stage, expected[stage], actual[stage])
         except Differs as error:
             differing += 1
             console.print(str(error), style="red", markup=False)
         else:
-            compared += size * expected.trace[stage].element_size()
+            compared += size * expected[stage].element_size()
             console.print(f"  equal  {stage:11} {size:,} elements")
     sent = torch.stack([result.sent for result in results])  # [from, there or back, to]
     there, back = sent.sum(dim=(0, 2)).tolist()

@@ -21,10 +21,10 @@ import torch
 from safetensors.torch import load_file
 
 import megaproof
+from megaproof.cases import case_io
 from megaproof.cases.cases import Case
-from megaproof.proof.worlds.rank_process import case_to_json
+from megaproof.cases.run import dimensions
 from megaproof.proof.worlds.supervisor import Finding, Kind, Limits, Mark, Supervisor, View, status
-from megaproof.reference.arguments import Dimensions
 from megaproof.reference.layer import LayerResult
 from megaproof.reference.ranks import RankResult, gather
 from megaproof.toolchain.build import EnvironmentMissing
@@ -56,9 +56,7 @@ def run_processes(
     case: Case, supervisor: Supervisor | None = None, before: str | None = None, device: str | None = None
 ) -> LayerResult:
     """The traced layer of a case, computed by one process a rank; see `rank_results` for arguments and errors."""
-    shape = case.shape
-    dimensions = Dimensions(case.ranks, shape.hidden, shape.topk, shape.experts, case.tokens, torch.device("cpu"))
-    return gather(dimensions, rank_results(case, supervisor, before, device))
+    return gather(dimensions(case), rank_results(case, supervisor, before, device))
 
 
 def rank_results(
@@ -91,7 +89,7 @@ def rank_results(
     with tempfile.TemporaryDirectory(prefix="megaproof-ranks-") as name:
         folder = Path(name)
         job = {
-            "case": case_to_json(case),
+            "case": case_io.to_json(case),
             "parent": os.getpid(),
             "exchange_timeout_s": supervisor.limits.whole_s + GLOO_EXTRA_S,
             "before": before,

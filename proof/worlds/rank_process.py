@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import dataclasses
 import faulthandler
 import importlib
 import json
@@ -29,13 +28,11 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megaproof.cases import inputs
+from megaproof.cases import case_io, inputs
 from megaproof.cases.cases import Case
+from megaproof.cases.run import dimensions
 from megaproof.proof.worlds.supervisor import Mark
 from megaproof.quant import twin
-from megaproof.quant.recipe import Recipe
-from megaproof.quant.shapes import Shape
-from megaproof.reference.arguments import Dimensions
 from megaproof.reference.exchange import Exchange, check_messages
 from megaproof.reference.ranks import RankResult, rank_layer
 
@@ -49,18 +46,6 @@ Before = Callable[[Exchange, int], Exchange]
 
 class PeerLost(RuntimeError):
     """The exchange broke: another rank is gone. The cause is there, not here."""
-
-
-def case_to_json(case: Case) -> dict[str, Any]:
-    """A case as plain JSON values."""
-    fields = {field.name: getattr(case, field.name) for field in dataclasses.fields(case)}
-    return fields | {"shape": dataclasses.asdict(case.shape), "recipe": case.recipe.fields()}
-
-
-def case_from_json(fields: dict[str, Any]) -> Case:
-    """Inverse of `case_to_json`."""
-    shape, recipe = Shape(**fields["shape"]), Recipe.from_fields(fields["recipe"])
-    return Case(**fields | {"shape": shape, "recipe": recipe, "tokens": tuple(fields["tokens"])})
 
 
 class Progress:
@@ -133,15 +118,13 @@ def run(folder: Path, rank: int, job: dict[str, Any], case: Case, before: Before
 
     made = inputs.make(case, job["device"])
     x, x_sf, topk_idx, topk_weights = (tensors[rank] for tensors in made.arguments()[:4])
-    shape = case.shape
-    dimensions = Dimensions(case.ranks, shape.hidden, shape.topk, shape.experts, case.tokens, x.device)
     own = (x, x_sf, topk_idx, topk_weights, made.weights)
     progress.mark("computing, with its inputs made")
 
     def expert_done(done: int, total: int) -> None:
         progress.mark(f"computing, {done} of {total} experts done, after exchange {gloo.calls}")
 
-    result = rank_layer(exchange, rank, dimensions, case.recipe, *own, trace=True, progress=expert_done)
+    result = rank_layer(exchange, rank, dimensions(case, x.device), case.recipe, *own, trace=True, progress=expert_done)
     progress.mark("writing its result")
     write_result(folder, rank, result)
     gloo.leave()
@@ -174,7 +157,7 @@ def start_ranks(folder: Path) -> None:
     """Forks the ranks of FOLDER/job.json and writes each one's exit status as it ends. SIGTERM ends them all."""
     job = json.loads((folder / "job.json").read_text())
     die_with(job["parent"])
-    case = case_from_json(job["case"])
+    case = case_io.from_json(job["case"])
     torch.set_num_threads(1)  # no pool of threads is alive when the ranks are forked
     twin.codes(0, 0, 1, torch.zeros(256, dtype=torch.uint8))  # loads the compiled arithmetic, once for all ranks
     before = None
