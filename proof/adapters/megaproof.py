@@ -111,7 +111,8 @@ class MegaproofAdapter:
         place = torch.cat(found.pop("place"))
         order = torch.argsort((place[:, 0] << 40) + place[:, 1])
         wanted = torch.stack([where.rank, where.token * case.shape.topk + where.slot, where.expert], dim=1)
-        assert torch.equal(place[order], wanted), "a routed row is missing, doubled, or with another expert"
+        if not torch.equal(place[order], wanted):
+            raise AssertionError("a routed row is missing, doubled, or with another expert")
         stages = {name: torch.cat(parts)[order] for name, parts in found.items()} if whole else {}
         ours = [where.rank == rank for rank in range(case.ranks)]  # rank after rank, as the routes are
         slots = [self._buffer.rank(r).slots[where.slot[mine], where.token[mine]] for r, mine in enumerate(ours)]
@@ -148,12 +149,14 @@ class MegaproofAdapter:
 
     @property
     def _buffer(self) -> Any:
-        assert self.buffer is not None, "prepare comes first"
+        if self.buffer is None:
+            raise RuntimeError("prepare comes first")
         return self.buffer
 
     @property
     def _prepared(self) -> Prepared:
-        assert self.prepared is not None, "prepare comes first"
+        if self.prepared is None:
+            raise RuntimeError("prepare comes first")
         return self.prepared
 
 
