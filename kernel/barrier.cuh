@@ -1,153 +1,190 @@
-// Waiting for others: every spin has a time limit, and leaves who waited for what in the status word instead of hanging.
+// Waiting for others: barriers of thread blocks and of ranks, counters, mbarriers. Every wait has a time limit: a role
+// that waits in vain writes to the status what it waited for, and all roles drain and exit. No launch hangs, and the
+// CUDA context survives. Every role runs these functions. Predicted by reference/barrier.py, which has no time limits.
 #pragma once
 #include "layout.cuh"
 
 namespace barrier {
 
-enum Counter : u32 { kBlocks = 1, kRanks = 2, kBlockRows = 3, kBlockL1Turns = 4, kBlockL2Turns = 5, kTransit = 6, kFinished = 7 };
+// What a role waited for in vain, as the status names it. The host has a sentence for each.
+enum Counter : u32 {
+    kCtasOfRank = 1,
+    kRanks = 2,
+    kRowsArrived = 3,
+    kGemm1Done = 4,
+    kGemm2Done = 5,
+    kRowCopy = 6,
+    kTasksFinished = 7
+};
 
-__device__ __forceinline__ bool failed(const Params& p) { return ptx::load_relaxed(&p.status->flag) != 0; }
+__device__ __forceinline__ bool has_failed(const Params& params) {
+    return ptx::load_relaxed(&params.barrier.status_ptr->flag) != 0;
+}
 
-// The first to give up writes the status; then everyone drains.
-__device__ __noinline__ void give_up(Status* s, u32 rank, u32 block, Counter counter, u32 expected, u32 seen) {
-    if (ptx::atomic_cas(&s->flag, 0, 1) != 0) return;
-    s->rank = rank, s->block = block, s->counter = counter, s->expected = expected, s->seen = seen;
+// Writes the status, unless another role has given up before.
+__device__ __noinline__ void give_up(Status* status, u32 rank_idx, u32 cta_idx, Counter counter, u32 expected,
+                                     u32 seen) {
+    if (ptx::atomic_cas(&status->flag, 0, 1) != 0) return;
+    status->rank_idx = rank_idx, status->cta_idx = cta_idx, status->counter = counter;
+    status->expected = expected, status->seen = seen;
 }
 
 struct Nothing {
     __device__ __forceinline__ void operator()() const {}
 };
 
-// Spins until done(value of *address) with acquire at system scope, and does something else between two looks. False: time is
-// up, here, which blame(value) writes down, or elsewhere.
-template <typename Done, typename Blame, typename Meanwhile = Nothing>
-__device__ __forceinline__ bool spin(const layout::Rank& r, const u32* address, Done done, Blame blame, Meanwhile meanwhile = {}) {
-    if (done(ptx::load_acquire(address))) return true;
-    const u64 start = ptx::global_timer();
+// Reads a counter with acquire at system scope until is_done(value), and calls meanwhile() between two reads. Returns
+// false if time is up here, which blame(value) then writes down, or if another role has given up.
+template <typename IsDone, typename Blame, typename Meanwhile = Nothing>
+__device__ __forceinline__ bool spin(const layout::Rank& rank, const u32* counter_ptr, IsDone is_done, Blame blame,
+                                     Meanwhile meanwhile = {}) {
+    if (is_done(ptx::load_acquire(counter_ptr))) return true;
+    const u64 start_ns = ptx::global_timer();
     for (u32 i = 1;; ++i) {
         meanwhile();
-        const u32 seen = ptx::load_acquire(address);
-        if (done(seen)) return true;
+        const u32 seen = ptx::load_acquire(counter_ptr);
+        if (is_done(seen)) return true;
         if (i % 64 == 0) {
-            if (failed(r.p)) return false;
-            if (ptx::global_timer() - start > r.p.timeout_ns) return blame(seen), false;
+            if (has_failed(rank.params)) return false;
+            if (ptx::global_timer() - start_ns > rank.params.barrier.timeout_ns) return blame(seen), false;
         }
     }
 }
 
-// Until a counter that only grows has come to `expected`.
+// Waits until a counter that only grows has reached `expected`. Returns false as spin does.
 template <typename Meanwhile = Nothing>
-__device__ __forceinline__ bool reach(const layout::Rank& r, const u32* address, Counter counter, u32 expected,
+__device__ __forceinline__ bool reach(const layout::Rank& rank, const u32* counter_ptr, Counter counter, u32 expected,
                                       Meanwhile meanwhile = {}) {
-    return spin(r, address, [&](u32 seen) { return seen >= expected; },
-                [&](u32 seen) { give_up(r.p.status, r.rank, r.block, counter, expected, seen); }, meanwhile);
+    return spin(
+        rank, counter_ptr, [&](u32 seen) { return seen >= expected; },
+        [&](u32 seen) { give_up(rank.params.barrier.status_ptr, rank.idx, rank.cta_idx, counter, expected, seen); },
+        meanwhile);
 }
 
-// `arrived` of a meeting under way: arrivals below the upper bit, which meet_alone flips. There block 0 adds what the others
-// lack of 2^31, so that all together flip the bit and leave 0 below it.
+// How many thread blocks have arrived at the barrier under way, by its word `arrived`. The upper bit belongs to
+// sync_ctas: there thread block 0 adds what the arrivals of the others lack of 2^31, so that all together flip the bit
+// and leave 0 below it.
 constexpr u32 kFlip = 1u << 31;
-__device__ __forceinline__ u32 arrivals(u32 arrived, u32 blocks) {
+__device__ __forceinline__ u32 num_arrivals(u32 arrived, u32 num_ctas) {
     const u32 low = arrived & (kFlip - 1);
-    return low <= blocks ? low : low - (kFlip - blocks);
+    return low <= num_ctas ? low : low - (kFlip - num_ctas);
 }
 
-// All threads of all blocks of all ranks; what any of them wrote before, also to peers, is visible to everyone after. False:
-// give up. The block of a rank that arrives last runs `publish` with all its threads, then speaks for its rank.
+// The barrier of all threads of all ranks. What any of them wrote before it, to peers too, is visible to all of them
+// after it. The thread block of a rank that arrives last runs publish() with all its threads, then announces its rank
+// to the others. Returns false if the launch has failed.
 template <typename Publish>
-__device__ __forceinline__ bool meet(const layout::Rank& r, Publish publish) {
-    __shared__ u32 is_last, ok;
-    Workspace& w = r.workspace();
-    const u32 ranks = r.p.shape.ranks;
+__device__ __forceinline__ bool sync_ranks(const layout::Rank& rank, Publish publish) {
+    u32& is_last = ptx::shared_word<struct IsLast>();
+    u32& is_passed = ptx::shared_word<struct IsPassed>();
+    Workspace& workspace = rank.workspace();
+    const u32 num_ranks = rank.params.shape.num_ranks;
     u32 expected = 0;
     __syncthreads();
     if (threadIdx.x == 0) {
-        expected = ranks * (ptx::load_relaxed(&w.rank_epoch) + 1);  // before the last one arrives and moves it on
-        if (ranks > 1) ptx::fence_system();  // what the block wrote to peers before __syncthreads goes first
-        is_last = (ptx::atomic_add_acq_rel(&w.arrived, 1) & ~kFlip) == r.blocks - 1;
+        expected = num_ranks * (ptx::load_relaxed(&workspace.rank_epoch) + 1);  // before the last arrival
+        if (num_ranks > 1) ptx::fence_system();  // what this thread block wrote to peers is ordered before its arrival
+        is_last = (ptx::atomic_add_acq_rel(&workspace.arrived, 1) & ~kFlip) == rank.num_ctas - 1;
     }
     __syncthreads();
     if (is_last) {
         publish();
         __syncthreads();
         if (threadIdx.x == 0) {
-            w.arrived = 0, w.rank_epoch += 1;
-            if (ranks == 1) {
-                ptx::reduce_add_release(r.mine<u32>(r.p.layout.rank_counter), 1);
+            workspace.arrived = 0, workspace.rank_epoch += 1;
+            if (num_ranks == 1) {
+                ptx::reduce_add_release(rank.own_ptr<u32>(rank.params.layout.offset.rank_counter), 1);
             } else {
                 ptx::fence_system();
-                for (u32 peer = 0; peer < ranks; ++peer)
-                    ptx::reduce_add_release_system(r.at<u32>(peer, r.p.layout.rank_counter), 1);
+                for (u32 peer_idx = 0; peer_idx < num_ranks; ++peer_idx) {
+                    u32* counter_ptr = rank.peer_ptr<u32>(peer_idx, rank.params.layout.offset.rank_counter);
+                    ptx::reduce_add_release_system(counter_ptr, 1);
+                }
             }
         }
     }
     if (threadIdx.x == 0) {
-        const auto blame = [&](u32 seen) {  // a block of this rank, if one is missing
-            const u32 blocks = arrivals(ptx::load_acquire(&w.arrived), r.blocks);
-            if (blocks % r.blocks == 0) give_up(r.p.status, r.rank, r.block, kRanks, expected, seen);
-            else give_up(r.p.status, r.rank, r.block, kBlocks, r.blocks, blocks);
+        const auto blame = [&](u32 seen) {  // names a thread block of this rank, if one is missing
+            const u32 arrivals = num_arrivals(ptx::load_acquire(&workspace.arrived), rank.num_ctas);
+            const bool all_are_here = arrivals % rank.num_ctas == 0;
+            if (all_are_here) give_up(rank.params.barrier.status_ptr, rank.idx, rank.cta_idx, kRanks, expected, seen);
+            else give_up(rank.params.barrier.status_ptr, rank.idx, rank.cta_idx, kCtasOfRank, rank.num_ctas, arrivals);
         };
-        ok = spin(r, r.mine<u32>(r.p.layout.rank_counter),
-                  [&](u32 seen) { return static_cast<int>(seen - expected) >= 0; }, blame) &&
-             !failed(r.p);
+        is_passed = spin(
+                        rank, rank.own_ptr<u32>(rank.params.layout.offset.rank_counter),
+                        [&](u32 seen) { return static_cast<int>(seen - expected) >= 0; }, blame) &&
+                    !has_failed(rank.params);
     }
     __syncthreads();
-    return ok != 0;
+    return is_passed != 0;
 }
 
-// The same for a rank that is alone and has nothing to publish: no block has to see that it is the last.
-__device__ __forceinline__ bool meet_alone(const layout::Rank& r) {
-    __shared__ u32 ok;
+// The barrier of all threads of the only rank. It has nothing to publish, so no thread block has to find out that it is
+// the last one: a step less than sync_ranks. Returns false if the launch has failed.
+__device__ __forceinline__ bool sync_ctas(const layout::Rank& rank) {
+    u32& is_passed = ptx::shared_word<struct IsPassed>();
     __syncthreads();
     if (threadIdx.x == 0) {
-        u32* arrived = &r.workspace().arrived;
-        const u32 before = ptx::atomic_add_acq_rel(arrived, r.block == 0 ? kFlip - (r.blocks - 1) : 1);
-        ok = spin(r, arrived, [&](u32 seen) { return ((seen ^ before) & kFlip) != 0; },
-                  [&](u32 seen) { give_up(r.p.status, r.rank, r.block, kBlocks, r.blocks, arrivals(seen, r.blocks)); }) &&
-             !failed(r.p);
+        u32* arrived_ptr = &rank.workspace().arrived;
+        const u32 before = ptx::atomic_add_acq_rel(arrived_ptr, rank.cta_idx == 0 ? kFlip - (rank.num_ctas - 1) : 1);
+        const auto blame = [&](u32 seen) {
+            give_up(rank.params.barrier.status_ptr, rank.idx, rank.cta_idx, kCtasOfRank, rank.num_ctas,
+                    num_arrivals(seen, rank.num_ctas));
+        };
+        is_passed = spin(
+                        rank, arrived_ptr, [&](u32 seen) { return ((seen ^ before) & kFlip) != 0; }, blame) &&
+                    !has_failed(rank.params);
     }
     __syncthreads();
-    return ok != 0;
+    return is_passed != 0;
 }
 
-// Waits for a stage or another mbarrier of the block; gives up where the launch has failed. Copies under way are given time to
-// land first, so that all warps of the block take the same way: a warpgroup cannot multiply with a warp missing.
-// `meanwhile` is done between two looks, `seldom` between a thousand.
+// Waits for an mbarrier of the thread block; calls meanwhile() between two looks and seldom() between a thousand.
+// Returns false if the launch has failed; but copies under way are given 10 ms to land first, so that all warps of the
+// thread block come to the same answer. A warpgroup cannot multiply with a warp missing.
 template <typename Meanwhile = Nothing, typename Seldom = Nothing>
-__device__ __forceinline__ bool wait_stage(const layout::Rank& r, u64* full_or_empty, u32 parity, Meanwhile meanwhile = {},
-                                           Seldom seldom = {}) {
+__device__ __forceinline__ bool wait_mbarrier(const layout::Rank& rank, u64* mbarrier, u32 parity,
+                                              Meanwhile meanwhile = {}, Seldom seldom = {}) {
     constexpr u64 kLandingNs = 10'000'000;
-    u64 failed_at = 0;
-    for (u32 i = 1; !ptx::mbarrier_try_wait(full_or_empty, parity); ++i) {
+    u64 failed_at_ns = 0;
+    for (u32 i = 1; !ptx::mbarrier_try_wait(mbarrier, parity); ++i) {
         meanwhile();
         if (i % 1024 != 0) continue;
         seldom();
-        if (!failed(r.p)) continue;
-        if (failed_at == 0) failed_at = ptx::global_timer();
-        else if (ptx::global_timer() - failed_at > kLandingNs) return false;
+        if (!has_failed(rank.params)) continue;
+        if (failed_at_ns == 0) failed_at_ns = ptx::global_timer();
+        else if (ptx::global_timer() - failed_at_ns > kLandingNs) return false;
     }
     return true;
 }
 
-// The same with a time limit, for the scout: its tasks do not end where any other role of the block waits in vain.
+// wait_mbarrier with a time limit, for the scout: a task that never finishes, whichever role of the thread block it
+// hangs in, ends here. `task_idx` counts the tasks of this thread block. Returns false if the launch has failed.
 template <typename Meanwhile>
-__device__ __forceinline__ bool wait_in_time(const layout::Rank& r, u64* mbarrier, u32 parity, u32 task, Meanwhile meanwhile) {
-    u64 start = 0;
-    return wait_stage(r, mbarrier, parity, meanwhile, [&] {
-        const u64 now = ptx::global_timer();
-        if (start == 0) start = now;
-        if (now - start > r.p.timeout_ns) give_up(r.p.status, r.rank, r.block, kFinished, task + 1, task);
+__device__ __forceinline__ bool wait_in_time(const layout::Rank& rank, u64* mbarrier, u32 parity, u32 task_idx,
+                                             Meanwhile meanwhile) {
+    u64 start_ns = 0;
+    return wait_mbarrier(rank, mbarrier, parity, meanwhile, [&] {
+        const u64 now_ns = ptx::global_timer();
+        if (start_ns == 0) start_ns = now_ns;
+        if (now_ns - start_ns > rank.params.barrier.timeout_ns)
+            give_up(rank.params.barrier.status_ptr, rank.idx, rank.cta_idx, kTasksFinished, task_idx + 1, task_idx);
     });
 }
 
-// Waits for a copy that this thread has started, and does not leave it behind before time is up. The limit is counted in steps of
-// 2^20 ns, about a millisecond, and rounded up: dispatch has few registers.
-__device__ __forceinline__ bool wait_copy(const layout::Rank& r, u64* arrived, u32 parity) {
+// Waits for a copy that this thread has started. It does not return before the copy has landed or time is up, since a
+// copy must not be left behind. Returns false if time is up. The limit is counted in steps of 2^20 ns, about a
+// millisecond, and rounded up, because the dispatch role has no register to spare for 64-bit times.
+__device__ __forceinline__ bool wait_copy(const layout::Rank& rank, u64* mbarrier, u32 parity) {
     constexpr u32 kStep = 20;
-    if (ptx::mbarrier_try_wait(arrived, parity)) return true;
+    if (ptx::mbarrier_try_wait(mbarrier, parity)) return true;
     const u32 start = static_cast<u32>(ptx::global_timer() >> kStep);
-    while (!ptx::mbarrier_try_wait(arrived, parity)) {
+    while (!ptx::mbarrier_try_wait(mbarrier, parity)) {
         const u32 waited = static_cast<u32>(ptx::global_timer() >> kStep) - start;
-        if (waited > static_cast<u32>(r.p.timeout_ns >> kStep) + 1) return give_up(r.p.status, r.rank, r.block, kTransit, 1, 0), false;
+        if (waited > static_cast<u32>(rank.params.barrier.timeout_ns >> kStep) + 1) {
+            give_up(rank.params.barrier.status_ptr, rank.idx, rank.cta_idx, kRowCopy, 1, 0);
+            return false;
+        }
     }
     return true;
 }

@@ -1,74 +1,87 @@
-// Eq. (8): each token sums its active slots in fp32, in ascending k, and rounds once. Every row of y is written.
+// Eq. (8): each token sums its active slots in fp32, in ascending k, and rounds once. Every row of y is written. All
+// warps run it, after the last barrier of the ranks. Inputs: the fields `slots` and topk_idx. Output: y. Predicted by
+// reference/combine.py.
 #pragma once
 #include "layout.cuh"
 
 namespace combine {
 
-constexpr u32 kPart = 8;    // columns that a lane reads at a time: 16 bytes
-constexpr u32 kParts = 2;   // as often, 256 columns apart
-constexpr u32 kAhead = 8;   // slots whose loads are under way together
+constexpr u32 kLaneColumns = 8;    // columns that a lane reads at a time: 16 bytes
+constexpr u32 kReadsPerLane = 2;   // as many such reads side by side, 256 columns apart
+constexpr u32 kSlotsInFlight = 8;  // slots whose loads are under way together
 
-// A warp takes 512 columns of a token, a unit; the warps of all blocks take them in turn. The slots of the next one are looked
-// up while rows are on their way, those of the first one before the rows are there.
+// Which part of y this warp computes. A unit is 512 columns of a token; the warps of all thread blocks take the units
+// in turn. The slots of the next unit are looked up while rows of this one are on their way, and those of the first
+// unit are looked up before the last barrier, in its shadow.
 struct Units {
-    const layout::Rank& r;
-    u32 columns, parts;
-    u64 end, step, unit;
-    long long expert;  // of this lane's slot of `unit`
+    const layout::Rank& rank;
+    u32 unit_columns, units_per_token;
+    u64 end, step, unit_idx;
+    long long expert_idx;  // of this lane's slot in the unit's token
 
-    __device__ __forceinline__ explicit Units(const layout::Rank& rank)
-        : r(rank), columns(32 * kPart * kParts), parts((r.p.shape.hidden + columns - 1) / columns),
-          end(static_cast<u64>(r.own.tokens) * parts), step(blockDim.x / 32 * r.blocks),
-          unit(threadIdx.x / 32 * r.blocks + r.block), expert(expert_of(unit)) {}
+    __device__ __forceinline__ explicit Units(const layout::Rank& r)
+        : rank(r),
+          unit_columns(32 * kLaneColumns * kReadsPerLane),
+          units_per_token((rank.params.shape.hidden + unit_columns - 1) / unit_columns),
+          end(static_cast<u64>(rank.own.num_tokens) * units_per_token),
+          step(blockDim.x / 32 * rank.num_ctas),
+          unit_idx(threadIdx.x / 32 * rank.num_ctas + rank.cta_idx),
+          expert_idx(expert_of(unit_idx)) {}
 
-    __device__ __forceinline__ long long expert_of(u64 some) const {
-        const u32 lane = threadIdx.x % 32;
-        if (some >= end || lane >= r.p.shape.topk) return -1;
-        return r.mine<long long>(r.p.layout.topk_idx)[some / parts * r.p.shape.topk + lane];
+    // The expert of slot number lane_idx of a unit's token, or -1.
+    __device__ __forceinline__ long long expert_of(u64 some_unit_idx) const {
+        const u32 lane_idx = threadIdx.x % 32;
+        if (some_unit_idx >= end || lane_idx >= rank.params.shape.num_topk) return -1;
+        const long long* topk_idx = rank.own_ptr<long long>(rank.params.layout.offset.topk_idx);
+        return topk_idx[some_unit_idx / units_per_token * rank.params.shape.num_topk + lane_idx];
     }
 };
 
-__device__ __forceinline__ void combine(const layout::Rank& r, Units& units) {
-    const Shape& s = r.p.shape;
-    const u32 lane = threadIdx.x % 32, columns = units.columns, parts = units.parts;
-    for (u64& unit = units.unit; unit < units.end; unit += units.step) {
-        const u32 token = static_cast<u32>(unit / parts), first_column = static_cast<u32>(unit % parts) * columns + lane * kPart;
-        const u32 slots = __ballot_sync(0xFFFFFFFFu, r.active(units.expert));
-        bool inside[kParts];
-        float sum[kParts][kPart] = {};
+__device__ __forceinline__ void combine(const layout::Rank& rank, Units& units) {
+    const Shape& shape = rank.params.shape;
+    const u32 lane_idx = threadIdx.x % 32, unit_columns = units.unit_columns, units_per_token = units.units_per_token;
+    for (u64& unit_idx = units.unit_idx; unit_idx < units.end; unit_idx += units.step) {
+        const u32 token_idx = static_cast<u32>(unit_idx / units_per_token);
+        const u32 first_column = static_cast<u32>(unit_idx % units_per_token) * unit_columns + lane_idx * kLaneColumns;
+        const u32 active_slots = __ballot_sync(0xFFFFFFFFu, rank.is_active(units.expert_idx));
+        bool is_inside[kReadsPerLane];
+        float sum[kReadsPerLane][kLaneColumns] = {};
 #pragma unroll
-        for (u32 i = 0; i < kParts; ++i) inside[i] = first_column + i * 32 * kPart < s.hidden;
-        for (u32 first = 0; first < s.topk; first += kAhead) {
-            uint4 eight[kAhead][kParts];
+        for (u32 i = 0; i < kReadsPerLane; ++i) is_inside[i] = first_column + i * 32 * kLaneColumns < shape.hidden;
+        for (u32 first_slot = 0; first_slot < shape.num_topk; first_slot += kSlotsInFlight) {
+            uint4 loaded[kSlotsInFlight][kReadsPerLane];
 #pragma unroll
-            for (u32 k = 0; k < kAhead; ++k) {
-                if (!(slots >> (first + k) & 1)) continue;
-                const u16* row = r.slot_row(r.rank, r.slot_index(token, first + k)) + first_column;
+            for (u32 k = 0; k < kSlotsInFlight; ++k) {
+                if (!(active_slots >> (first_slot + k) & 1)) continue;
+                const u16* row = rank.slot_row(rank.idx, rank.slot_row_idx(token_idx, first_slot + k)) + first_column;
 #pragma unroll
-                for (u32 i = 0; i < kParts; ++i)
-                    if (inside[i]) eight[k][i] = ptx::load_volatile(reinterpret_cast<const uint4*>(row + i * 32 * kPart));
+                for (u32 i = 0; i < kReadsPerLane; ++i)
+                    if (is_inside[i])
+                        loaded[k][i] = ptx::load_volatile(reinterpret_cast<const uint4*>(row + i * 32 * kLaneColumns));
             }
-            if (first == 0) units.expert = units.expert_of(unit + units.step);
+            if (first_slot == 0) units.expert_idx = units.expert_of(unit_idx + units.step);
 #pragma unroll
-            for (u32 k = 0; k < kAhead; ++k) {
-                if (!(slots >> (first + k) & 1)) continue;
+            for (u32 k = 0; k < kSlotsInFlight; ++k) {
+                if (!(active_slots >> (first_slot + k) & 1)) continue;
 #pragma unroll
-                for (u32 i = 0; i < kParts; ++i) {
-                    const u32 pairs[4] = {eight[k][i].x, eight[k][i].y, eight[k][i].z, eight[k][i].w};
+                for (u32 i = 0; i < kReadsPerLane; ++i) {
+                    const u32 pairs[4] = {loaded[k][i].x, loaded[k][i].y, loaded[k][i].z, loaded[k][i].w};
 #pragma unroll
-                    for (u32 j = 0; j < kPart; ++j)
+                    for (u32 j = 0; j < kLaneColumns; ++j)
                         sum[i][j] += __uint_as_float(j % 2 ? pairs[j / 2] & 0xFFFF0000u : pairs[j / 2] << 16);
                 }
             }
         }
-        u16* y = r.own.y + static_cast<u64>(token) * s.hidden + first_column;
+        u16* y_ptr = rank.own.outputs.y_ptr + static_cast<u64>(token_idx) * shape.hidden + first_column;
 #pragma unroll
-        for (u32 i = 0; i < kParts; ++i) {
-            u32 out[kPart / 2];
+        for (u32 i = 0; i < kReadsPerLane; ++i) {
+            u32 words[kLaneColumns / 2];
 #pragma unroll
-            for (u32 j = 0; j < kPart / 2; ++j)
-                out[j] = ptx::cvt_bf16(sum[i][2 * j]) | static_cast<u32>(ptx::cvt_bf16(sum[i][2 * j + 1])) << 16;
-            if (inside[i]) *reinterpret_cast<uint4*>(y + i * 32 * kPart) = make_uint4(out[0], out[1], out[2], out[3]);
+            for (u32 j = 0; j < kLaneColumns / 2; ++j)
+                words[j] = ptx::cvt_bf16(sum[i][2 * j]) | static_cast<u32>(ptx::cvt_bf16(sum[i][2 * j + 1])) << 16;
+            if (is_inside[i])
+                *reinterpret_cast<uint4*>(y_ptr + i * 32 * kLaneColumns) =
+                    make_uint4(words[0], words[1], words[2], words[3]);
         }
     }
 }

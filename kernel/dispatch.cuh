@@ -1,178 +1,214 @@
-// Eq. (1): tokens travel to the ranks of their experts as they are. Sources announce what they send; destinations pull.
+// Eq. (1): tokens travel to the ranks of their experts as they are; there is no arithmetic. All threads announce which
+// rows a rank sends; after the barrier of the ranks, the dispatch warps of the destination pull the rows. Predicted by
+// reference/dispatch.py.
+//
+// Inputs: x, x_sf, topk_idx, topk_weights of all ranks. Outputs: recv_count and recv_list; then l1_acts and l1_acts_sf
+// in the ring, pool_source and pool_weight by pool row, and the counters of rows that have arrived.
+//
+// An entry is the number token * K + slot of an active slot of its source rank.
 #pragma once
 #include "barrier.cuh"
 #include "scheduler.cuh"
 
 namespace dispatch {
 
+// Calls visit(entry, expert) for the active slots of this rank that fall to this thread.
 template <typename Visit>
-__device__ __forceinline__ void each_active_slot(const layout::Rank& r, Visit visit) {
-    const long long* topk_idx = r.mine<long long>(r.p.layout.topk_idx);
-    const u32 entries = r.own.tokens * r.p.shape.topk;
-    for (u32 entry = r.block * blockDim.x + threadIdx.x; entry < entries; entry += r.blocks * blockDim.x)
-        if (r.active(topk_idx[entry])) visit(entry, static_cast<u32>(topk_idx[entry]));
+__device__ __forceinline__ void for_each_active_slot(const layout::Rank& rank, Visit visit) {
+    const long long* topk_idx = rank.own_ptr<long long>(rank.params.layout.offset.topk_idx);
+    const u32 num_entries = rank.own.num_tokens * rank.params.shape.num_topk;
+    for (u32 entry = rank.cta_idx * blockDim.x + threadIdx.x; entry < num_entries; entry += rank.num_ctas * blockDim.x)
+        if (rank.is_active(topk_idx[entry])) visit(entry, static_cast<u32>(topk_idx[entry]));
 }
 
-// Whether each block counts for itself: those of a rank alone with few slots do, and meet nobody before rows travel.
-constexpr u32 kFewSlots = 1024;
-constexpr u16 kNobody = 0xFFFF;
-__device__ __forceinline__ bool counts_alone(const layout::Rank& r) {
-    return r.p.shape.ranks == 1 && r.own.tokens * r.p.shape.topk <= kFewSlots;
+// ---- one rank with few slots: each thread block counts all of them itself -----------------------------------------
+
+// Whether each thread block counts for itself, so that no barrier is needed before rows travel: 3 us less up to 170
+// tokens.
+constexpr u32 kFewSlots = 1024;  // entries for which each thread block has room in shared memory
+constexpr u16 kNoExpert = 0xFFFF;
+__device__ __forceinline__ bool counts_locally(const layout::Rank& rank) {
+    return rank.params.shape.num_ranks == 1 && rank.own.num_tokens * rank.params.shape.num_topk <= kFewSlots;
 }
 
-// The expert of each entry (token, slot) and the rows of each expert, u16 [kFewSlots] and u32 [experts] in shared memory. False:
-// a launch before this one has failed. All threads.
-__device__ __forceinline__ bool count_alone(const layout::Rank& r, u16* expert_of_entry, u32* rows) {
-    const bool failed = threadIdx.x == 0 && barrier::failed(r.p);
-    const long long* topk_idx = r.mine<long long>(r.p.layout.topk_idx);
-    for (u32 expert = threadIdx.x; expert < r.p.shape.experts; expert += blockDim.x) rows[expert] = 0;
+// Writes the expert of each entry, u16 [kFewSlots], and the rows of each expert, u32 [E], to shared memory. All threads
+// call it. Returns false if an earlier launch has failed.
+__device__ __forceinline__ bool count_locally(const layout::Rank& rank, u16* expert_of_entry, u32* num_rows) {
+    const bool failed = threadIdx.x == 0 && barrier::has_failed(rank.params);
+    const Shape& shape = rank.params.shape;
+    const long long* topk_idx = rank.own_ptr<long long>(rank.params.layout.offset.topk_idx);
+    for (u32 expert_idx = threadIdx.x; expert_idx < shape.num_experts; expert_idx += blockDim.x)
+        num_rows[expert_idx] = 0;
     __syncthreads();
-    for (u32 entry = threadIdx.x; entry < r.own.tokens * r.p.shape.topk; entry += blockDim.x) {
-        const long long expert = topk_idx[entry];
-        expert_of_entry[entry] = r.active(expert) ? static_cast<u16>(expert) : kNobody;
-        if (r.active(expert)) ptx::atomic_add_shared(&rows[expert], 1);
+    for (u32 entry = threadIdx.x; entry < rank.own.num_tokens * shape.num_topk; entry += blockDim.x) {
+        const long long expert_idx = topk_idx[entry];
+        expert_of_entry[entry] = rank.is_active(expert_idx) ? static_cast<u16>(expert_idx) : kNoExpert;
+        if (rank.is_active(expert_idx)) ptx::atomic_add_shared(&num_rows[expert_idx], 1);
     }
     return __syncthreads_or(failed) == 0;
 }
 
-// The entry with row `index` of an expert, in the order of entries. All lanes of a warp; there is one.
-__device__ __forceinline__ u32 find_entry(const u16* expert_of_entry, u32 entries, u32 expert, u32 index) {
-    const u32 lane = threadIdx.x % 32;
-    for (u32 first = 0; first < entries; first += 32) {
-        const u32 found = __ballot_sync(0xFFFFFFFFu, first + lane < entries && expert_of_entry[first + lane] == expert);
-        const u32 count = __popc(found);
-        if (index < count) {
-            const bool here = (found >> lane & 1) != 0 && __popc(found & ((1u << lane) - 1)) == index;
-            return first + __ffs(__ballot_sync(0xFFFFFFFFu, here)) - 1;
+// The entry of an expert's row number `row_idx`, in the order of entries; the expert has such a row. All lanes of a
+// warp call it and get the same answer.
+__device__ __forceinline__ u32 find_entry(const u16* expert_of_entry, u32 num_entries, u32 expert_idx, u32 row_idx) {
+    const u32 lane_idx = threadIdx.x % 32;
+    for (u32 first = 0; first < num_entries; first += 32) {
+        const u32 found = __ballot_sync(
+            0xFFFFFFFFu, first + lane_idx < num_entries && expert_of_entry[first + lane_idx] == expert_idx);
+        const u32 num_found = __popc(found);
+        if (row_idx < num_found) {
+            const bool is_mine = (found >> lane_idx & 1) != 0 && __popc(found & ((1u << lane_idx) - 1)) == row_idx;
+            return first + __ffs(__ballot_sync(0xFFFFFFFFu, is_mine)) - 1;
         }
-        index -= count;
+        row_idx -= num_found;
     }
     return 0;
 }
 
-// Appends this rank's entries (token, slot) to the lists at the destinations. A block takes room for all of its entries of
-// an expert at once: one counter for the whole rank would be the bottleneck of large batches. Within a list the order is
-// that of arrival: no bit depends on it. `places`: shared memory, u32 [experts]. False: a launch before this one has failed.
-__device__ __forceinline__ bool announce(const layout::Rank& r, u32* places) {
-    const bool failed = threadIdx.x == 0 && barrier::failed(r.p);
-    const u32 local = r.p.shape.experts_local;
-    for (u32 expert = threadIdx.x; expert < r.p.shape.experts; expert += blockDim.x) places[expert] = 0;
+// ---- any number of ranks: sources announce their entries to the destinations --------------------------------------
+
+// Appends this rank's entries to the lists at the destinations. A thread block reserves room for all of its entries of
+// an expert at once, because one counter for the whole rank was the bottleneck of large batches. The order within a
+// list is that of arrival; no bit depends on it. All threads call it. `places` is shared memory, u32 [E]. Returns false
+// if an earlier launch has failed.
+__device__ __forceinline__ bool announce(const layout::Rank& rank, u32* places) {
+    const bool failed = threadIdx.x == 0 && barrier::has_failed(rank.params);
+    const Shape& shape = rank.params.shape;
+    const u32 num_local_experts = shape.num_local_experts;
+    for (u32 expert_idx = threadIdx.x; expert_idx < shape.num_experts; expert_idx += blockDim.x) places[expert_idx] = 0;
     __syncthreads();
-    each_active_slot(r, [&](u32 entry, u32 expert) { ptx::atomic_add_shared(&places[expert], 1); });
+    for_each_active_slot(rank, [&](u32 entry, u32 expert_idx) { ptx::atomic_add_shared(&places[expert_idx], 1); });
     if (__syncthreads_or(failed) != 0) return false;
-    for (u32 expert = threadIdx.x; expert < r.p.shape.experts; expert += blockDim.x)
-        if (const u32 count = places[expert]) places[expert] = ptx::atomic_add(&r.workspace().send_count[expert], count);
+    for (u32 expert_idx = threadIdx.x; expert_idx < shape.num_experts; expert_idx += blockDim.x)
+        if (const u32 count = places[expert_idx])
+            places[expert_idx] = ptx::atomic_add(&rank.workspace().send_count[expert_idx], count);
     __syncthreads();
-    each_active_slot(r, [&](u32 entry, u32 expert) {
-        r.recv_list(expert / local, r.rank, expert % local)[ptx::atomic_add_shared(&places[expert], 1)] = entry;
+    for_each_active_slot(rank, [&](u32 entry, u32 expert_idx) {
+        u32* list = rank.recv_list(expert_idx / num_local_experts, rank.idx, expert_idx % num_local_experts);
+        list[ptx::atomic_add_shared(&places[expert_idx], 1)] = entry;
     });
     return true;
 }
 
-// Tells the destinations how long the lists are, and makes the counters zero again. All threads of one block.
-__device__ __forceinline__ void publish(const layout::Rank& r) {
-    const u32 local = r.p.shape.experts_local;
-    for (u32 expert = threadIdx.x; expert < r.p.shape.experts; expert += blockDim.x) {
-        u32* count = &r.workspace().send_count[expert];
-        r.recv_count(expert / local, r.rank)[expert % local] = ptx::load_relaxed(count);
-        *count = 0;
+// Writes the lengths of the lists to the destinations and sets this rank's counters to zero again. All threads of one
+// thread block call it, inside the barrier of the ranks.
+__device__ __forceinline__ void publish(const layout::Rank& rank) {
+    const Shape& shape = rank.params.shape;
+    const u32 num_local_experts = shape.num_local_experts;
+    for (u32 expert_idx = threadIdx.x; expert_idx < shape.num_experts; expert_idx += blockDim.x) {
+        u32* count_ptr = &rank.workspace().send_count[expert_idx];
+        const u32 count = ptx::load_relaxed(count_ptr);
+        rank.recv_count(expert_idx / num_local_experts, rank.idx)[expert_idx % num_local_experts] = count;
+        *count_ptr = 0;
     }
 }
 
-constexpr u32 kLost = 2;      // instead of a parity: a copy did not arrive
-constexpr u32 kChunk = 8192;  // bytes of a row that travel at a time: rows of most models in one step
+// ---- destinations pull the rows -----------------------------------------------------------------------------------
 
-// Where one warp's rows pass through shared memory: the copies are asynchronous, so they cost no registers and few cycles.
-struct Transit {
-    alignas(128) u8 chunk[kChunk];
-    u64 arrived;
+// Through this memory the rows of one dispatch warp travel. Asynchronous copies cost no registers and few instructions.
+// 8 KB hold a row of most models, so that it travels in one step; 4 KB took 1 to 2 % longer at some sizes.
+constexpr u32 kStagingBytes = 8192;
+struct StagingBuffer {
+    alignas(128) u8 bytes[kStagingBytes];
+    u64 arrived;  // mbarrier
 };
 
-// Whether this lane starts the copies of its warp and waits for them, and at which phase of `arrived` it is.
-struct Carrier {
-    bool elected;
+// The copies of a dispatch warp: whether this lane starts them and waits for them, and the parity of `arrived`.
+struct CopyState {
+    bool is_elected;
     u32 parity = 0;
 };
+constexpr u32 kCopyLost = 2;  // takes the place of a parity if a copy did not arrive in time
 
-// One warp copies one pool row: bytes and scales (transposed, as TMA wants them) to their place in the ring, weight and
-// source to the pool row. False: a copy did not arrive.
-__device__ __forceinline__ bool pull_row(const layout::Rank& r, const scheduler::Plan& plan, Transit& transit, Carrier& carrier,
-                                         const u16* expert_of_entry, u32 expert, u32 index, u64 row, u64 ring_row) {
-    const Shape& s = r.p.shape;
-    const Layout& l = r.p.layout;
-    const u32 lane = threadIdx.x % 32;
-    u32 source = 0;
-    while (source + 1 < s.ranks && plan.first_row[expert * s.ranks + source + 1] <= index) ++source;
-    const u32 entry = counts_alone(r)
-                          ? find_entry(expert_of_entry, r.own.tokens * s.topk, expert, index)
-                          : r.recv_list(r.rank, source, expert)[index - plan.first_row[expert * s.ranks + source]];
-    const u32 token = entry / s.topk, slot = entry % s.topk;
-    const float* from_sf = r.at<float>(source, l.x_sf) + static_cast<u64>(token) * (s.hidden / 128);
-    float* to_sf = r.mine<float>(l.l1_acts_sf) + ring_row;
-    const u8* from = r.at<u8>(source, l.x) + static_cast<u64>(token) * s.hidden;
-    u8* to = r.mine<u8>(l.l1_acts) + ring_row * s.hidden;
-    const auto load = [&](u32 offset) {
-        const u32 bytes = min(kChunk, s.hidden - offset);
-        ptx::mbarrier_arrive_expect(&transit.arrived, bytes);
-        ptx::bulk_load(transit.chunk, from + offset, bytes, &transit.arrived);
-        return bytes;
+// Copies one pool row, by one warp: the codes through the staging buffer and the scales (transposed, as the GEMM loads
+// them) to the ring, weight and source to their place by pool row. Returns false if a copy did not arrive.
+__device__ __forceinline__ bool pull_row(const layout::Rank& rank, const scheduler::Plan& plan, StagingBuffer& staging,
+                                         CopyState& copy, const u16* expert_of_entry, u32 expert_idx, u32 row_idx,
+                                         u64 pool_row, u64 ring_row) {
+    const Shape& shape = rank.params.shape;
+    const Offsets& offset = rank.params.layout.offset;
+    const u32 lane_idx = threadIdx.x % 32;
+    u32 source_idx = 0;
+    while (source_idx + 1 < shape.num_ranks && plan.first_row[expert_idx * shape.num_ranks + source_idx + 1] <= row_idx)
+        ++source_idx;
+    const u32 entry =
+        counts_locally(rank)
+            ? find_entry(expert_of_entry, rank.own.num_tokens * shape.num_topk, expert_idx, row_idx)
+            : rank.recv_list(rank.idx, source_idx,
+                             expert_idx)[row_idx - plan.first_row[expert_idx * shape.num_ranks + source_idx]];
+    const u32 token_idx = entry / shape.num_topk, slot_idx = entry % shape.num_topk;
+    const float* from_sf =
+        rank.peer_ptr<float>(source_idx, offset.x_sf) + static_cast<u64>(token_idx) * (shape.hidden / 128);
+    float* to_sf = rank.own_ptr<float>(offset.l1_acts_sf) + ring_row;
+    const u8* from = rank.peer_ptr<u8>(source_idx, offset.x) + static_cast<u64>(token_idx) * shape.hidden;
+    u8* to = rank.own_ptr<u8>(offset.l1_acts) + ring_row * shape.hidden;
+    const auto load = [&](u32 first) {
+        const u32 num_bytes = min(kStagingBytes, shape.hidden - first);
+        ptx::mbarrier_arrive_expect(&staging.arrived, num_bytes);
+        ptx::bulk_load(staging.bytes, from + first, num_bytes, &staging.arrived);
+        return num_bytes;
     };
-    u32 bytes = 0;
-    if (carrier.elected) bytes = load(0);
-    for (u32 i = lane; i < s.hidden / 128; i += 32) to_sf[static_cast<u64>(i) * s.ring_rows] = from_sf[i];
-    if (carrier.elected) {
-        r.mine<uint2>(l.pool_source)[row] = make_uint2(source, r.slot_index(token, slot));
-        r.mine<float>(l.pool_weight)[row] = r.at<float>(source, l.topk_weights)[entry];
-        for (u32 offset = 0;; bytes = load(offset)) {
-            if (!barrier::wait_copy(r, &transit.arrived, carrier.parity)) {
-                carrier.parity = kLost;
+    u32 num_bytes = 0;
+    if (copy.is_elected) num_bytes = load(0);
+    for (u32 i = lane_idx; i < shape.hidden / 128; i += 32)
+        to_sf[static_cast<u64>(i) * shape.num_ring_rows] = from_sf[i];
+    if (copy.is_elected) {
+        rank.own_ptr<uint2>(offset.pool_source)[pool_row] =
+            make_uint2(source_idx, rank.slot_row_idx(token_idx, slot_idx));
+        rank.own_ptr<float>(offset.pool_weight)[pool_row] =
+            rank.peer_ptr<float>(source_idx, offset.topk_weights)[entry];
+        for (u32 first = 0;; num_bytes = load(first)) {
+            if (!barrier::wait_copy(rank, &staging.arrived, copy.parity)) {
+                copy.parity = kCopyLost;
                 break;
             }
-            carrier.parity ^= 1;
-            ptx::bulk_store(to + offset, transit.chunk, bytes);
+            copy.parity ^= 1;
+            ptx::bulk_store(to + first, staging.bytes, num_bytes);
             ptx::bulk_store_wait();
-            if ((offset += bytes) >= s.hidden) break;
+            if ((first += num_bytes) >= shape.hidden) break;
         }
     }
-    return __ballot_sync(0xFFFFFFFFu, carrier.parity == kLost) == 0;
+    return __ballot_sync(0xFFFFFFFFu, copy.parity == kCopyLost) == 0;
 }
 
-// The place of a pool block in the ring is free: GEMM 1 has read the block that stood there. One lane looks, so that the
-// warp stays together also where the launch has failed.
-__device__ __forceinline__ bool wait_free(const layout::Rank& r, u32 block) {
-    if (block < r.p.shape.ring_blocks) return true;
-    const u32 expected = scheduler::l1_turns(r.p.shape);
-    bool free = true;
+// Waits until a pool block's place in the ring is free: until GEMM 1 has read the pool block that had it before. One
+// lane looks, so that the warp stays together even where the launch has failed. Returns false if it has.
+__device__ __forceinline__ bool wait_free(const layout::Rank& rank, u32 pool_block_idx) {
+    const Shape& shape = rank.params.shape;
+    if (pool_block_idx < shape.num_ring_blocks) return true;
+    const u32 expected = scheduler::num_gemm1_half_tiles(shape);
+    bool is_free = true;
     if (threadIdx.x % 32 == 0)
-        free = barrier::reach(r, r.block_l1_turns() + block - r.p.shape.ring_blocks, barrier::kBlockL1Turns, expected);
+        is_free = barrier::reach(rank, rank.gemm1_done_ptr() + pool_block_idx - shape.num_ring_blocks,
+                                 barrier::kGemm1Done, expected);
     __syncwarp();
-    return __shfl_sync(0xFFFFFFFFu, static_cast<u32>(free), 0) != 0;
+    return __shfl_sync(0xFFFFFFFFu, static_cast<u32>(is_free), 0) != 0;
 }
 
-// The dispatch warps of all blocks, each block of the pool in its turn: GEMM 1 starts on the first while later ones travel.
-// expert_of_entry: of a rank alone.
-__device__ __forceinline__ void pull(const layout::Rank& r, const scheduler::Plan& plan, const u16* expert_of_entry, Transit& transit,
-                                     u32 warp, u32 warps) {
-    const u32 experts = r.p.shape.experts_local, pool_blocks = plan.first_block[experts];
-    Carrier carrier{ptx::elect_one()};
-    u32 turn = 0;  // rows seen so far; row n belongs to warp n mod all warps
-    const u32 all = warps * r.blocks, own = warp * r.blocks + r.block;
-    ptx::fence_proxy_async_all();  // bulk copies read what peers wrote before they were met
-    for (u32 block = 0; block < pool_blocks; ++block) {
-        const u32 expert = scheduler::expert_of(plan, experts, block);
-        const u32 rows = scheduler::rows_in_block(plan, expert, block);
-        const u32 first = (own + all - turn % all) % all;
-        if (first < rows && !wait_free(r, block)) return;
-        for (u32 i = first; i < rows; i += all) {
-            if (!pull_row(r, plan, transit, carrier, expert_of_entry, expert,
-                          (block - plan.first_block[expert]) * scheduler::kBlockM + i,
-                          static_cast<u64>(block) * scheduler::kBlockM + i, r.ring_row(block, i)))
+// The dispatch role. The dispatch warps of all thread blocks share the rows of one pool block after the other, so that
+// GEMM 1 starts on the first while later ones still travel. expert_of_entry is used where counts_locally() holds.
+__device__ __forceinline__ void pull(const layout::Rank& rank, const scheduler::Plan& plan, const u16* expert_of_entry,
+                                     StagingBuffer& staging, u32 warp_idx, u32 num_warps) {
+    const u32 num_experts = rank.params.shape.num_local_experts, num_pool_blocks = plan.first_block[num_experts];
+    CopyState copy{ptx::elect_one()};
+    u32 num_rows_before = 0;  // rows of the pool blocks before this one; row n falls to warp n mod num_all_warps
+    const u32 num_all_warps = num_warps * rank.num_ctas, own_idx = warp_idx * rank.num_ctas + rank.cta_idx;
+    ptx::fence_proxy_async_all();  // bulk copies read what peers wrote before the barrier of the ranks
+    for (u32 pool_block_idx = 0; pool_block_idx < num_pool_blocks; ++pool_block_idx) {
+        const u32 expert_idx = scheduler::expert_of(plan, num_experts, pool_block_idx);
+        const u32 num_rows = scheduler::num_rows_in_block(plan, expert_idx, pool_block_idx);
+        const u32 first = (own_idx + num_all_warps - num_rows_before % num_all_warps) % num_all_warps;
+        if (first < num_rows && !wait_free(rank, pool_block_idx)) return;
+        for (u32 i = first; i < num_rows; i += num_all_warps) {
+            if (!pull_row(rank, plan, staging, copy, expert_of_entry, expert_idx,
+                          (pool_block_idx - plan.first_block[expert_idx]) * scheduler::kBlockM + i,
+                          static_cast<u64>(pool_block_idx) * scheduler::kBlockM + i, rank.ring_row(pool_block_idx, i)))
                 return;
             ptx::fence_proxy_async_all();  // TMA reads what these lanes wrote
             __syncwarp();
-            if (threadIdx.x % 32 == 0) ptx::reduce_add_release(&r.block_rows()[block], 1);
+            if (threadIdx.x % 32 == 0) ptx::reduce_add_release(&rank.rows_arrived_ptr()[pool_block_idx], 1);
         }
-        turn += rows;
+        num_rows_before += num_rows;
     }
 }
 

@@ -1,12 +1,14 @@
-// Eq. (9): how many (rank, token, slot) each local expert received; accumulated over launches.
+// Eq. (9): how many (rank, token, slot) each local expert has received, added to the caller's int32 counts. Thread
+// block 0 of a rank does it. Input: num_rows of the plan. Predicted by reference/stats.py.
 #pragma once
 #include "scheduler.cuh"
 
 namespace stats {
 
-__device__ __forceinline__ void accumulate(const layout::Rank& r, const scheduler::Plan& plan) {
-    if (r.block != 0 || r.own.stats == nullptr) return;
-    for (u32 e = threadIdx.x; e < r.p.shape.experts_local; e += blockDim.x) r.own.stats[e] += static_cast<int>(plan.rows[e]);
+__device__ __forceinline__ void accumulate(const layout::Rank& rank, const scheduler::Plan& plan) {
+    if (rank.cta_idx != 0 || rank.own.outputs.stats_ptr == nullptr) return;
+    for (u32 expert_idx = threadIdx.x; expert_idx < rank.params.shape.num_local_experts; expert_idx += blockDim.x)
+        rank.own.outputs.stats_ptr[expert_idx] += static_cast<int>(plan.num_rows[expert_idx]);
 }
 
 }  // namespace stats

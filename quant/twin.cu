@@ -1,221 +1,123 @@
-// The atoms compiled for a GPU: same contracts, same bits as quant/atoms.py. Predicts the chip, so it uses neither the
-// tensor core nor the special-function unit: products are summed as the model says, and tables come from a capture.
-
-using u8 = unsigned char;
-using u16 = unsigned short;
-using u32 = unsigned int;
-using u64 = unsigned long long;
-using i64 = long long;
-
-constexpr u32 kNaN = 0x7FFFFFFFu;
-constexpr float kLog2E = 0x1.715476p+0f;
-
-__device__ __forceinline__ u32 bits_of(float x) { return __float_as_uint(x); }
-__device__ __forceinline__ float from_bits(u32 b) { return __uint_as_float(b); }
-__device__ __forceinline__ float pow2(int e) { return from_bits(static_cast<u32>(e + 127) << 23); }  // e in [-126, 127]
-__device__ __forceinline__ float one_nan(float x) { return x != x ? from_bits(kNaN) : x; }
-
-// ---- scalar atoms ---------------------------------------------------------------------------------------------------
-
-struct Tables {
-    const int* rcp;  // fp32 bits of rcp.approx over [1, 2)
-    const int* ex2;  // fp32 bits of ex2.approx over [0, 1)
-};
-
-__device__ float rcp_approx(float x, Tables tables) {
-    const u32 bits = bits_of(x), sign = bits & 0x80000000u, field = bits >> 23 & 0xFF, mantissa = bits & 0x7FFFFF;
-    if (x != x) return from_bits(kNaN);
-    if (field == 0) return from_bits(sign | 0x7F800000u);
-    if (field > 253 || (field == 253 && mantissa != 0)) return from_bits(sign);
-    return from_bits(sign | (static_cast<u32>(tables.rcp[mantissa]) + ((127u - field) << 23)));
-}
-
-__device__ float ex2_approx(float x, Tables tables) {
-    const u32 bits = bits_of(x);
-    if (x != x) return from_bits(kNaN);
-    const int field = bits >> 23 & 0xFF;
-    i64 fixed = 0;  // |x| cut to 23 fraction bits
-    if (field > 0) {
-        const i64 significand = (bits & 0x7FFFFF) | 0x800000;
-        fixed = field >= 127 ? significand << min(field - 127, 16) : significand >> min(127 - field, 31);
-    }
-    int index = static_cast<int>(fixed & 0x7FFFFF);
-    i64 n = fixed >> 23;
-    if (bits >> 31) {
-        n = -n;
-        if (index != 0) n -= 1, index = 0x7FFFFF - index;  // one's complement
-    }
-    if (n > 127) return from_bits(0x7F800000u);
-    if (n < -126) return 0.0f;
-    return from_bits(static_cast<u32>(tables.ex2[index]) + (static_cast<u32>(n) << 23));
-}
-
-__device__ float exp_precise(float x, Tables tables) {
-    float t = __fmaf_rn(x, from_bits(0x3BBB989Du), 0.5f);
-    t = t != t ? 0.0f : fminf(fmaxf(t, 0.0f), 1.0f);
-    const int n = static_cast<int>(floor(static_cast<double>(t) * 252.0)) - 126;
-    float f = __fmaf_rn(x, kLog2E, static_cast<float>(-n));
-    f = __fmaf_rn(x, from_bits(0x32A57060u), f);
-    return one_nan(ex2_approx(f, tables) * pow2(n));
-}
-
-__device__ float silu_fast(float x, Tables tables) {
-    return one_nan(x * rcp_approx(1.0f + ex2_approx(-x * kLog2E, tables), tables));
-}
-
-__device__ float silu_precise(float x, Tables tables) {
-    return one_nan(x * __fdiv_rn(1.0f, 1.0f + exp_precise(-x, tables)));
-}
-
-__device__ u8 encode_e4m3(float x) {
-    const u32 bits = bits_of(x), sign = bits >> 24 & 0x80, magnitude = bits & 0x7FFFFFFF;
-    if (magnitude > 0x7F800000u) return 0x7F;
-    if (magnitude >= 0x43E00000u) return sign | 0x7E;  // 448
-    if (magnitude < 0x3C800000u)                       // below 2^-6: a multiple of 2^-9, nearest even
-        return sign | (bits_of(from_bits(magnitude) + 16384.0f) - 0x46800000u);
-    const u32 rounded = (magnitude + 0x7FFFF + (magnitude >> 20 & 1)) >> 20;
-    return sign | min(rounded - (120u << 3), 0x7Eu);
-}
-
-__device__ float decode_e4m3(u8 code) {
-    const u32 magnitude = code & 0x7F, sign = static_cast<u32>(code & 0x80) << 24;
-    if (magnitude == 0x7F) return from_bits(kNaN);
-    if (magnitude < 8) return from_bits(bits_of(static_cast<float>(magnitude) * 0x1p-9f) | sign);
-    return from_bits(((magnitude << 20) + (120u << 23)) | sign);
-}
-
-__device__ u16 encode_bf16(float x) {
-    const u32 bits = bits_of(x);
-    if ((bits & 0x7FFFFFFF) > 0x7F800000u) return 0x7FFF;
-    return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
-}
-
-__device__ float decode_bf16(u16 code) { return one_nan(from_bits(static_cast<u32>(code) << 16)); }
+// The atoms as kernels: the same contracts and the same bits as quant/atoms.py. It predicts the chip, so it uses
+// neither the tensor core nor the special-function unit: products are summed as the model says, and the unit's results
+// come from a capture.
+#include "tensor_core.cuh"
+#include "twin_atoms.cuh"
 
 // ---- element by element ---------------------------------------------------------------------------------------------
 
 struct MapParams {
-    const void* x;
-    const void* y;
-    const void* z;
-    void* out;
+    const void* x_ptr;  // [count], as y, z and out
+    const void* y_ptr;  // null unless the function has a second operand, and a third
+    const void* z_ptr;
+    void* out_ptr;
     i64 count;
     Tables tables;
 };
 
 template <typename Out, typename In, typename F>
-__device__ __forceinline__ void map(const MapParams& p, F f) {
+__device__ __forceinline__ void map(const MapParams& params, F f) {
     const i64 stride = static_cast<i64>(gridDim.x) * blockDim.x;
-    for (i64 i = static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x; i < p.count; i += stride)
-        static_cast<Out*>(p.out)[i] = f(static_cast<const In*>(p.x)[i], i);
+    for (i64 i = static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x; i < params.count; i += stride)
+        static_cast<Out*>(params.out_ptr)[i] = f(static_cast<const In*>(params.x_ptr)[i], i);
 }
 
-#define MAP_KERNEL(name, Out, In, expression)                                       \
-    extern "C" __global__ void name(const __grid_constant__ MapParams p) {          \
-        map<Out, In>(p, [&](In x, i64 i) -> Out { return (void)i, (expression); }); \
+#define MAP_KERNEL(name, Out, In, expression)                                            \
+    extern "C" __global__ void name(const __grid_constant__ MapParams params) {          \
+        map<Out, In>(params, [&](In x, i64 i) -> Out { return (void)i, (expression); }); \
     }
 
-MAP_KERNEL(map_rcp_approx, float, float, rcp_approx(x, p.tables))
-MAP_KERNEL(map_ex2_approx, float, float, ex2_approx(x, p.tables))
-MAP_KERNEL(map_expf, float, float, exp_precise(x, p.tables))
-MAP_KERNEL(map_silu_fast, float, float, silu_fast(x, p.tables))
-MAP_KERNEL(map_silu_precise, float, float, silu_precise(x, p.tables))
+MAP_KERNEL(map_rcp_approx, float, float, rcp_approx(x, params.tables))
+MAP_KERNEL(map_ex2_approx, float, float, ex2_approx(x, params.tables))
+MAP_KERNEL(map_expf, float, float, exp_precise(x, params.tables))
+MAP_KERNEL(map_silu_fast, float, float, silu_fast(x, params.tables))
+MAP_KERNEL(map_silu_precise, float, float, silu_precise(x, params.tables))
 MAP_KERNEL(map_encode_e4m3, u8, float, encode_e4m3(x))
 MAP_KERNEL(map_decode_e4m3, float, u8, decode_e4m3(x))
 MAP_KERNEL(map_encode_bf16, u16, float, encode_bf16(x))
 MAP_KERNEL(map_decode_bf16, float, u16, decode_bf16(x))
 MAP_KERNEL(map_fma, float, float,
-           one_nan(__fmaf_rn(x, static_cast<const float*>(p.y)[i], static_cast<const float*>(p.z)[i])))
+           one_nan(__fmaf_rn(x, static_cast<const float*>(params.y_ptr)[i],
+                             static_cast<const float*>(params.z_ptr)[i])))
 
 // ---- the FP8 tensor core --------------------------------------------------------------------------------------------
 
-// Exact trick for the cut: with M = copysign(2^(emax + 10), p) the unit in the last place of M is 2^(emax - 13), and
-// fma rounded toward zero leaves M + cut(p). All sums of cut terms fit 21 bits, so float additions are exact.
+// How a term is cut exactly: with M = copysign(2^(emax + 10), p) the unit in the last place of M is 2^(emax - 13), so
+// an fma that is rounded toward zero leaves M + cut(p). All sums of cut terms fit into 21 bits, so float additions of
+// them are exact.
 
+// A thread block computes kTile x kTile outputs, a thread kSide x kSide of them.
 constexpr int kTile = 64, kStep = 32, kThreads = 256, kSide = 4;
-constexpr short kNoTerm = -1000;
 
 struct ChainParams {
-    const u8* a;  // [rows, depth], a_stride bytes from row to row
-    const u8* b;  // [columns, depth]
-    float* acc;   // [rows, columns], in place
-    i64 a_stride, b_stride;
-    int rows, columns, depth;
+    const u8* a_ptr;         // e4m3 [num_rows, depth]
+    const u8* b_ptr;         // e4m3 [num_columns, depth]
+    float* acc_ptr;          // [num_rows, num_columns]: c, which the result replaces
+    i64 a_stride, b_stride;  // bytes from one row to the next, a multiple of 8
+    int num_rows, num_columns, depth;
 };
 
+// The operands of one k32 step in shared memory, decoded.
 struct ChainStorage {
     float a_value[kStep][kTile], b_value[kStep][kTile];
-    u32 a_exponent[kStep][kTile];  // the exponent twice, as two 16-bit halves
+    u32 a_exponent[kStep][kTile];  // each exponent twice, as two 16-bit halves
     short b_exponent[kStep][kTile];
-    int a_nan[kTile], b_nan[kTile];
+    int a_nan[kTile], b_nan[kTile];  // whether the row of a or b holds a NaN
 };
 
-__device__ __forceinline__ void decode_term(u8 code, float& value, short& exponent, bool& nan) {
-    const int magnitude = code & 0x7F;
-    nan = magnitude == 0x7F;
-    const bool dead = nan || magnitude == 0;
-    value = dead ? 0.0f : decode_e4m3(code);
-    exponent = dead ? kNoTerm : static_cast<short>(max(magnitude >> 3, 1) - 7);
-}
+// acc = the chain of k32 steps over the whole depth from acc, in ascending k; see atoms.wgmma_chain.
 
-__device__ __forceinline__ float finish_step(float c, int emax, float sum) {
-    if (emax < -100 || emax > 100) {  // c alone, cut to 13 fraction bits; zero is +0
-        const u32 kept = bits_of(c) & ~0x3FFu;
-        return from_bits((kept & 0x7FFFFFFF) == 0 ? 0 : kept);
-    }
-    return from_bits(bits_of(sum) & ~0x3FFu);  // 14 significant bits
-}
-
-extern "C" __global__ void __launch_bounds__(kThreads) wgmma_chain(const __grid_constant__ ChainParams p) {
-    __shared__ ChainStorage s;
-    const int tiles_n = (p.columns + kTile - 1) / kTile;
+extern "C" __global__ void __launch_bounds__(kThreads) wgmma_chain(const __grid_constant__ ChainParams params) {
+    __shared__ ChainStorage storage;
+    const int tiles_n = (params.num_columns + kTile - 1) / kTile;
     const int row0 = blockIdx.x / tiles_n * kTile, column0 = blockIdx.x % tiles_n * kTile;
     const int ty = threadIdx.x / 16 * kSide, tx = threadIdx.x % 16 * kSide;
-    if (threadIdx.x < kTile) s.a_nan[threadIdx.x] = s.b_nan[threadIdx.x] = 0;
+    if (threadIdx.x < kTile) storage.a_nan[threadIdx.x] = storage.b_nan[threadIdx.x] = 0;
     __syncthreads();
 
     float acc[kSide][kSide];
     for (int i = 0; i < kSide; ++i)
         for (int j = 0; j < kSide; ++j) {
-            const bool inside = row0 + ty + i < p.rows && column0 + tx + j < p.columns;
-            acc[i][j] = inside ? p.acc[static_cast<i64>(row0 + ty + i) * p.columns + column0 + tx + j] : 0.0f;
+            const bool inside = row0 + ty + i < params.num_rows && column0 + tx + j < params.num_columns;
+            acc[i][j] =
+                inside ? params.acc_ptr[static_cast<i64>(row0 + ty + i) * params.num_columns + column0 + tx + j] : 0.0f;
         }
 
-    for (int k0 = 0; k0 < p.depth; k0 += kStep) {
-        // Four threads a row, eight codes each.
+    for (int k0 = 0; k0 < params.depth; k0 += kStep) {
+        // Four threads decode a row of either operand, eight codes each.
         const int row = threadIdx.x / 4, part = threadIdx.x % 4 * 8;
         u64 a_codes = 0, b_codes = 0;
-        if (row0 + row < p.rows) a_codes = *reinterpret_cast<const u64*>(p.a + (row0 + row) * p.a_stride + k0 + part);
-        if (column0 + row < p.columns)
-            b_codes = *reinterpret_cast<const u64*>(p.b + (column0 + row) * p.b_stride + k0 + part);
+        if (row0 + row < params.num_rows)
+            a_codes = *reinterpret_cast<const u64*>(params.a_ptr + (row0 + row) * params.a_stride + k0 + part);
+        if (column0 + row < params.num_columns)
+            b_codes = *reinterpret_cast<const u64*>(params.b_ptr + (column0 + row) * params.b_stride + k0 + part);
         for (int i = 0; i < 8; ++i) {
             float value;
             short exponent;
             bool nan;
             decode_term(a_codes >> (8 * i), value, exponent, nan);
-            s.a_value[part + i][row] = value;
-            s.a_exponent[part + i][row] = static_cast<u16>(exponent) * 0x10001u;
-            if (nan) s.a_nan[row] = 1;
+            storage.a_value[part + i][row] = value;
+            storage.a_exponent[part + i][row] = static_cast<u16>(exponent) * 0x10001u;
+            if (nan) storage.a_nan[row] = 1;
             decode_term(b_codes >> (8 * i), value, exponent, nan);
-            s.b_value[part + i][row] = value;
-            s.b_exponent[part + i][row] = exponent;
-            if (nan) s.b_nan[row] = 1;
+            storage.b_value[part + i][row] = value;
+            storage.b_exponent[part + i][row] = exponent;
+            if (nan) storage.b_nan[row] = 1;
         }
         __syncthreads();
 
-        u32 emax2[kSide][kSide / 2];  // two neighbouring outputs a word
+        u32 emax2[kSide][kSide / 2];  // largest exponents, those of two neighbouring outputs in a word
         for (int i = 0; i < kSide; ++i)
             for (int j = 0; j < kSide / 2; ++j) emax2[i][j] = static_cast<u16>(kNoTerm) * 0x10001u;
 #pragma unroll 8
         for (int k = 0; k < kStep; ++k) {
-            const uint4 ea = *reinterpret_cast<const uint4*>(&s.a_exponent[k][ty]);
-            const uint2 eb = *reinterpret_cast<const uint2*>(&s.b_exponent[k][tx]);
+            const uint4 ea = *reinterpret_cast<const uint4*>(&storage.a_exponent[k][ty]);
+            const uint2 eb = *reinterpret_cast<const uint2*>(&storage.b_exponent[k][tx]);
             const u32 a_pair[kSide] = {ea.x, ea.y, ea.z, ea.w}, b_pair[kSide / 2] = {eb.x, eb.y};
 #pragma unroll
             for (int i = 0; i < kSide; ++i)
 #pragma unroll
-                for (int j = 0; j < kSide / 2; ++j)
-                    emax2[i][j] = __viaddmax_s16x2(a_pair[i], b_pair[j], emax2[i][j]);
+                for (int j = 0; j < kSide / 2; ++j) emax2[i][j] = __viaddmax_s16x2(a_pair[i], b_pair[j], emax2[i][j]);
         }
 
         float sum[kSide][kSide];
@@ -235,8 +137,8 @@ extern "C" __global__ void __launch_bounds__(kThreads) wgmma_chain(const __grid_
             }
 #pragma unroll 8
         for (int k = 0; k < kStep; ++k) {
-            const float4 a4 = *reinterpret_cast<const float4*>(&s.a_value[k][ty]);
-            const float4 b4 = *reinterpret_cast<const float4*>(&s.b_value[k][tx]);
+            const float4 a4 = *reinterpret_cast<const float4*>(&storage.a_value[k][ty]);
+            const float4 b4 = *reinterpret_cast<const float4*>(&storage.b_value[k][tx]);
             const float av[kSide] = {a4.x, a4.y, a4.z, a4.w}, bv[kSide] = {b4.x, b4.y, b4.z, b4.w};
 #pragma unroll
             for (int i = 0; i < kSide; ++i)
@@ -258,31 +160,32 @@ extern "C" __global__ void __launch_bounds__(kThreads) wgmma_chain(const __grid_
 
     for (int i = 0; i < kSide; ++i)
         for (int j = 0; j < kSide; ++j)
-            if (row0 + ty + i < p.rows && column0 + tx + j < p.columns) {
-                const bool nan = s.a_nan[ty + i] | s.b_nan[tx + j];
-                p.acc[static_cast<i64>(row0 + ty + i) * p.columns + column0 + tx + j] =
+            if (row0 + ty + i < params.num_rows && column0 + tx + j < params.num_columns) {
+                const bool nan = storage.a_nan[ty + i] | storage.b_nan[tx + j];
+                params.acc_ptr[static_cast<i64>(row0 + ty + i) * params.num_columns + column0 + tx + j] =
                     nan ? from_bits(kNaN) : one_nan(acc[i][j]);
             }
 }
 
-// ---- the generator: Philox4x32-10, quant/philox.py --------------------------------------------------------------------
+// ---- the generator: Philox4x32-10, quant/philox.py ------------------------------------------------------------------
 
 struct CodesParams {
-    const u8* lut;  // [256]
-    u8* out;        // 16 bytes a block, blocks of 16 padded up
-    i64 blocks;
+    const u8* lut_ptr;  // [256]
+    u8* out_ptr;        // [16 * num_blocks]: a Philox block gives 16 bytes
+    i64 num_blocks;
     u64 seed, stream;
 };
 
-extern "C" __global__ void philox_codes(const __grid_constant__ CodesParams p) {
+extern "C" __global__ void philox_codes(const __grid_constant__ CodesParams params) {
     __shared__ u8 lut[256];
-    for (int i = threadIdx.x; i < 256; i += blockDim.x) lut[i] = p.lut[i];
+    for (int i = threadIdx.x; i < 256; i += blockDim.x) lut[i] = params.lut_ptr[i];
     __syncthreads();
     const i64 stride = static_cast<i64>(gridDim.x) * blockDim.x;
-    for (i64 block = static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x; block < p.blocks; block += stride) {
-        u32 c[4] = {static_cast<u32>(block), static_cast<u32>(block >> 32), static_cast<u32>(p.stream),
-                    static_cast<u32>(p.stream >> 32)};
-        u32 k0 = static_cast<u32>(p.seed), k1 = static_cast<u32>(p.seed >> 32);
+    for (i64 block_idx = static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x; block_idx < params.num_blocks;
+         block_idx += stride) {
+        u32 c[4] = {static_cast<u32>(block_idx), static_cast<u32>(block_idx >> 32), static_cast<u32>(params.stream),
+                    static_cast<u32>(params.stream >> 32)};
+        u32 k0 = static_cast<u32>(params.seed), k1 = static_cast<u32>(params.seed >> 32);
 #pragma unroll
         for (int round = 0; round < 10; ++round) {
             const u64 p0 = 0xD2511F53ull * c[0], p1 = 0xCD9E8D57ull * c[2];
@@ -293,8 +196,9 @@ extern "C" __global__ void philox_codes(const __grid_constant__ CodesParams p) {
         u32 word[4];
         for (int lane = 0; lane < 4; ++lane) {
             word[lane] = 0;
-            for (int byte = 0; byte < 4; ++byte) word[lane] |= static_cast<u32>(lut[c[lane] >> (8 * byte) & 0xFF]) << (8 * byte);
+            for (int byte = 0; byte < 4; ++byte)
+                word[lane] |= static_cast<u32>(lut[c[lane] >> (8 * byte) & 0xFF]) << (8 * byte);
         }
-        reinterpret_cast<uint4*>(p.out)[block] = make_uint4(word[0], word[1], word[2], word[3]);
+        reinterpret_cast<uint4*>(params.out_ptr)[block_idx] = make_uint4(word[0], word[1], word[2], word[3]);
     }
 }

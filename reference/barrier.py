@@ -46,7 +46,7 @@ def spin(done: Callable[[], bool]) -> Steps:
         yield
 
 
-def meet(ranks: Sequence[Counters], rank: int, blocks: int, publish: Callable[[], Steps]) -> Steps:
+def sync_ranks(ranks: Sequence[Counters], rank: int, blocks: int, publish: Callable[[], Steps]) -> Steps:
     """A block of `rank` meets all blocks of all ranks; the last of a rank does `publish`, then speaks for its rank."""
     own = ranks[rank]
     yield
@@ -65,7 +65,7 @@ def meet(ranks: Sequence[Counters], rank: int, blocks: int, publish: Callable[[]
     yield from spin(lambda: reached(own.rank_counter, expected))
 
 
-def meet_alone(own: Counters, block: int, blocks: int) -> Steps:
+def sync_ctas(own: Counters, block: int, blocks: int) -> Steps:
     """A block of the only rank meets the others, with nothing to publish: all together add FLIP to `arrived`."""
     yield
     before = own.arrived

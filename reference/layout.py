@@ -85,7 +85,7 @@ def fields(
     pool_blocks: int,
     ring_blocks: int,
 ) -> dict[str, Field]:
-    """name -> (dtype, shape) of each field of a rank's symmetric buffer, in order: `Layout` of kernel/params.cuh.
+    """name -> (dtype, shape) of each field of a rank's symmetric buffer, in order: `Offsets` of kernel/params.cuh.
 
     Of `workspace` only the three counters of each pool block are given; what stands before them is the kernel's own.
     Activations have memory for `ring_blocks` pool blocks.

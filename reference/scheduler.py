@@ -32,7 +32,7 @@ class Plan:
     """[E_loc]: rows of each local expert."""
     first_row: tuple[tuple[int, ...], ...]
     """[E_loc][R]: rows of an expert from the ranks before."""
-    l2_width: int
+    gemm2_tile_n: int
     """Columns of a tile of GEMM 2."""
 
 
@@ -52,12 +52,12 @@ class Task:
     """Rows of the pool block."""
 
 
-def blocks_of(rows: int) -> int:
+def num_blocks_of(rows: int) -> int:
     """Pool blocks of an expert with so many rows."""
     return -(-rows // BLOCK_M)
 
 
-def l2_width(hidden: int, pool_blocks: int, blocks: int) -> int:
+def gemm2_tile_n(hidden: int, pool_blocks: int, blocks: int) -> int:
     """Columns of a tile of GEMM 2 for so many pool blocks and thread blocks.
 
     Half a tile where the pool blocks are few and that saves half a round of the thread blocks. Elsewhere tiles are
@@ -67,7 +67,7 @@ def l2_width(hidden: int, pool_blocks: int, blocks: int) -> int:
     return TURN_N if pool_blocks <= FEW_BLOCKS and halves < 2 * wide else BLOCK_N
 
 
-def weights_once(hidden: int, intermediate: int, pool_blocks: int) -> bool:
+def evicts_weights_first(hidden: int, intermediate: int, pool_blocks: int) -> bool:
     """Whether L2 is told that nobody reads the weights again. No bit depends on it, only when a line leaves L2."""
     return pool_blocks * 3 * hidden * intermediate <= ONCE_BYTES
 
@@ -76,9 +76,9 @@ def make_plan(counts: Sequence[Sequence[int]], hidden: int, blocks: int) -> Plan
     """counts [R][E_loc]: rows that each source rank sends to each local expert. blocks: thread blocks of the rank."""
     by_expert = list(zip(*counts, strict=True))
     rows = tuple(map(sum, by_expert))
-    first_block = tuple(accumulate(map(blocks_of, rows), initial=0))
+    first_block = tuple(accumulate(map(num_blocks_of, rows), initial=0))
     first_row = tuple(tuple(accumulate(sent[:-1], initial=0)) for sent in by_expert)
-    return Plan(first_block, rows, first_row, l2_width(hidden, first_block[-1], blocks))
+    return Plan(first_block, rows, first_row, gemm2_tile_n(hidden, first_block[-1], blocks))
 
 
 def expert_of(plan: Plan, block: int) -> int:
@@ -86,22 +86,22 @@ def expert_of(plan: Plan, block: int) -> int:
     return bisect_right(plan.first_block, block) - 1
 
 
-def rows_in_block(plan: Plan, expert: int, block: int) -> int:
+def num_rows_in_block(plan: Plan, expert: int, block: int) -> int:
     """Rows of a pool block of this expert: BLOCK_M, but for its last block."""
     return min(BLOCK_M, plan.rows[expert] - (block - plan.first_block[expert]) * BLOCK_M)
 
 
-def l1_turns(intermediate: int) -> int:
+def num_gemm1_half_tiles(intermediate: int) -> int:
     """What the counter of GEMM 1 comes to for a pool block: turns of TURN_N columns."""
     return 2 * intermediate // TURN_N
 
 
-def l2_turns(hidden: int) -> int:
+def num_gemm2_half_tiles(hidden: int) -> int:
     """What the counter of GEMM 2 comes to for a pool block."""
     return hidden // TURN_N
 
 
-def next_tile(taken: int, blocks: int) -> int:
+def next_task_idx(taken: int, blocks: int) -> int:
     """The next tile for a thread block of `blocks` that has one, where `taken` were given out like this before.
 
     The first tile of a block is its own number; then whoever asks gets the next, so that blocks which got long tasks
@@ -129,7 +129,7 @@ def all_tasks(plan: Plan, hidden: int, intermediate: int) -> tuple[Task, ...]:
     most: a ring of two groups is enough for their activations.
     """
     pool_blocks = plan.first_block[-1]
-    first, last = (2 * intermediate, BLOCK_N), (hidden, plan.l2_width)
+    first, last = (2 * intermediate, BLOCK_N), (hidden, plan.gemm2_tile_n)
     groups = [range(pool_blocks)[begin : begin + GROUP_BLOCKS] for begin in range(0, pool_blocks, GROUP_BLOCKS)]
     tasks = [*_of_group(plan, groups[0], False, *first)] if groups else []
     for before, group in pairwise(groups):
@@ -145,4 +145,6 @@ def _of_group(plan: Plan, group: range, l2: bool, columns: int, width: int) -> I
         blocks = list(run)
         for column in range(0, columns, width):
             for block in blocks:
-                yield Task(l2, block, expert, column, min(width, columns - column), rows_in_block(plan, expert, block))
+                yield Task(
+                    l2, block, expert, column, min(width, columns - column), num_rows_in_block(plan, expert, block)
+                )

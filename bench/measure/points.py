@@ -19,7 +19,7 @@ from megaproof.bench.measure.timer import REGIMES
 from megaproof.bench.model.roofline import CHIPS, RANKS
 from megaproof.kernel.host import sizes
 from megaproof.quant.shapes import SHAPES, Shape
-from megaproof.reference.scheduler import l2_width, weights_once
+from megaproof.reference.scheduler import evicts_weights_first, gemm2_tile_n
 
 PEERS: dict[str, Any] = json.loads((HOME / "bench" / "peers" / "h200.json").read_text())
 """What public kernels took on an H200."""
@@ -127,8 +127,8 @@ def schedule(shape: Shape, tokens: int) -> tuple[int, bool, bool, bool, bool]:
     counts = torch.bincount(ROUTINGS["folded"](tokens, experts, shape.topk, 0).flatten(), minlength=experts)
     blocks = int((-(-counts // sizes.BLOCK_M)).sum())
     met = tokens * shape.topk > sizes.FEW_SLOTS
-    stay = not weights_once(shape.hidden, shape.intermediate, blocks)
-    return l2_width(shape.hidden, blocks, SMS), blocks > sizes.GROUP_BLOCKS, blocks > sizes.RING_BLOCKS, met, stay
+    stay = not evicts_weights_first(shape.hidden, shape.intermediate, blocks)
+    return gemm2_tile_n(shape.hidden, blocks, SMS), blocks > sizes.GROUP_BLOCKS, blocks > sizes.RING_BLOCKS, met, stay
 
 
 @cache

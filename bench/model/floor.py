@@ -19,14 +19,14 @@ from megaproof.bench.measure.load import ROUTINGS
 from megaproof.bench.model.roofline import CHIPS, RANKS, Chip, Load
 from megaproof.kernel.host import sizes
 from megaproof.kernel.host.buffer import BufferSize
-from megaproof.reference.scheduler import l2_width
+from megaproof.reference.scheduler import gemm2_tile_n
 
 if TYPE_CHECKING:
     from megaproof.quant.shapes import Shape
 
 BY_MODEL, MEASURED = "by model, not measured", "rates as measured"
 REGISTERS = {"producer": 56, "math": 224}
-"""As moe_sm90.cu shares them out; `kernel build` reads them from the SASS."""
+"""As registers.cuh shares them out; `kernel build` reads them from the SASS."""
 CONFIGURATION = (
     f"tile {sizes.BLOCK_M} x {sizes.BLOCK_N} x {sizes.BLOCK_K}, {sizes.STAGES} stages, "
     f"registers {'/'.join(map(str, REGISTERS.values()))}, {sizes.shared_bytes()} bytes of shared memory"
@@ -62,7 +62,7 @@ class Tasks:
 def tasks(counts: list[int], hidden: int, intermediate: int, sms: int) -> Tasks:
     """counts: rows of each local expert."""
     blocks = sum(-(-rows // sizes.BLOCK_M) for rows in counts)
-    narrow = l2_width(hidden, blocks, sms)
+    narrow = gemm2_tile_n(hidden, blocks, sms)
     l1, l2 = (blocks * -(-n // width) for n, width in ((2 * intermediate, sizes.BLOCK_N), (hidden, narrow)))
     return Tasks(l1, l2, sms, narrow)
 

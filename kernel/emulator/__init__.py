@@ -1,7 +1,8 @@
-"""The fused kernel's own sources on a CPU: compiled for the host, every CUDA thread a fiber of machine.hpp.
+"""Runs the fused kernel's own sources on a CPU: they are compiled for the host, and every CUDA thread is a fiber.
 
-Every line of the kernel but ptx.cuh is what ships. A run is decided by its seed: who goes on, when a copy lands.
-Shapes have to be small: a thread of the GPU costs a microsecond whenever it waits.
+machine.hpp schedules the fibers, cuda.hpp has what CUDA C++ has built in, and ptx.hpp takes the place of ptx.cuh. Every
+other line of the kernel is what ships. A run is decided by its seed: which thread goes on, and when a copy lands.
+Shapes have to be small, since every wait of a thread costs about a microsecond of the host.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
-import re
 import shutil
 import subprocess
 import tempfile
@@ -34,84 +34,48 @@ from megaproof.toolchain.launch import TensorMap
 
 FOLDER = Path(__file__).parent
 LAUNCH_REGISTERS = 168
-"""Of a thread, as `kernel build` reports them; the pool of a block is as many times its threads."""
+"""Registers of a thread at launch, as `kernel build` reports them. They make the pool that setmaxnreg shares out."""
 MOST_STEPS = 50_000_000
-"""Of the scheduler, in which a launch has to end; small layers take about a million."""
+"""Steps of the emulator's scheduler in which a launch has to end; small layers take about a million."""
 
 
 class EmulationError(AssertionError):
-    """A run that did not end as it should: deadlock, collectives that do not match, a role that gave up."""
+    """A run that failed: a deadlock, other collectives than expected, a role that gave up, no compilation."""
 
 
 def compiler() -> str | None:
-    """A C++ compiler of the host, if there is one."""
+    """The path of a C++ compiler of the host, or None."""
     return shutil.which("g++") or shutil.which("clang++")
 
 
 def unchanged(text: str) -> str:
-    """The kernel as it ships."""
+    """Returns the text as it is: the kernel that ships."""
     return text
 
 
 def source(granularity: int = 64, change: Callable[[str], str] = unchanged, silu: str = "fast") -> str:
-    """The translation unit: machine, scalar atoms of the twin, ptx for the machine, one kernel after `change`."""
-    atoms, _, tensor_core = (HOME / "quant" / "twin.cu").read_text().partition("// ---- element by element")
-    steps = tensor_core[tensor_core.index("constexpr short kNoTerm") :]
-    steps = steps[: steps.index("extern")]
-    steps = (
-        steps[: steps.index("struct ChainParams")] + steps[steps.index("__device__ __forceinline__ void decode_term") :]
-    )
+    """The C++ text of one kernel of moe_sm90.cu on the emulated machine.
+
+    granularity: 64 or 128, the columns of L2 activations that share a scale. change: applied to the kernel's text.
+    silu: 'fast' or 'precise', which of the two kernels runs.
+    """
+    machine, entry = (build.joined([FOLDER / f"{name}.hpp"]) for name in ("ptx", "entry"))
     program = moe(granularity).edited(change)
+    macros = {**program.defines, "ENTRY": f"moe_{silu}"}
     kernel = program.text(without=[HOME / "kernel" / "ptx.cuh"])
-    kernel = re.sub(r"^#line .*$", "", kernel, flags=re.MULTILINE)
-    kernel, others = re.subn(rf'^extern "C" .* moe_(?!{silu}\()\w+\(.*$', "", kernel, flags=re.MULTILINE)
-    assert others == 1, "of the two kernels one is wanted"
-    kernel, words = re.subn(
-        r"__shared__ u32 ([\w, ]+);",
-        lambda m: "".join(
-            f"u32& {name} = emu::words(__LINE__, {m[1].count(',') + 1})[{i}]; "
-            for i, name in enumerate(m[1].split(", "))
-        ),
-        kernel,
-    )
-    kernel, dynamic = re.subn(
-        r"extern __shared__ .*? u8 shared\[\];", "u8* shared = emu::machine->current->block->shared.get();", kernel
-    )
-    assert (words, dynamic) == (2, 1), "shared variables of the kernel are not those that the emulator knows"
-    return "\n".join(
-        [
-            *(f"#define {name} {value}" for name, value in program.defines.items()),
-            (FOLDER / "machine.hpp").read_text(),
-            "inline float __fmaf_rn(float a, float b, float c) { return __builtin_fmaf(a, b, c); }",
-            "inline float __fdiv_rn(float a, float b) { return a / b; }",
-            "#include <cmath>",
-            atoms,
-            steps,
-            (FOLDER / "ptx.hpp").read_text(),
-            kernel,
-            RUN.replace("ENTRY", f"moe_{silu}"),
-        ]
-    )
+    return "".join([*(f"#define {name} {value}\n" for name, value in macros.items()), machine, kernel, entry])
 
 
 FLAGS = ("-std=c++20", "-O1", "-U_FORTIFY_SOURCE", "-ffp-contract=off", "-fno-strict-aliasing", "-shared", "-fPIC")
-"""Fortified, as some systems have it by default, longjmp from fiber to fiber would abort."""
-RUN = """
-extern "C" const char* emulate(const Params* p, unsigned grid, unsigned threads, unsigned shared,
-                               unsigned registers, unsigned seed, unsigned long long steps,
-                               unsigned early, const int* rcp, const int* ex2) {
-    static std::string said;
-    emu::tables = {rcp, ex2};
-    const emu::Kernel entry = [](const void* q) { ENTRY(*static_cast<const Params*>(q)); };
-    said = emu::run(entry, p, grid, threads, shared, registers, seed, steps, &p->status->flag, early);
-    return said.c_str();
-}
-"""
+"""_FORTIFY_SOURCE, which some systems set by default, would make longjmp from fiber to fiber abort."""
 
 
 @functools.cache
 def library(text: str) -> ctypes.CDLL:
-    """The compiled translation unit; kept in the cubin cache's folder by the digest of compiler, flags and text."""
+    """The compiled text. It is cached beside the cubins under the digest of compiler, flags and text.
+
+    Raises EmulationError if the text does not compile.
+    """
     folder = build.cache_folder()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     command = [str(compiler()), *FLAGS]
@@ -133,14 +97,14 @@ def library(text: str) -> ctypes.CDLL:
 
 
 def _map(matrix: Tensor, box_rows: int) -> TensorMap:
-    """What `tma_load_2d` of the emulator reads."""
+    """The tensor map that `tma_load_2d` of ptx.hpp reads."""
     rows, columns = matrix.shape
     return TensorMap((ctypes.c_uint64 * 16)(matrix.data_ptr(), rows, columns, matrix.stride(0), box_rows))
 
 
 @dataclass
 class Buffers:
-    """A virtual group in host memory, as `SymmBuffer` has it on a GPU."""
+    """The buffers of a virtual group in host memory: what `SymmBuffer` is on a GPU."""
 
     size: BufferSize
     storage: Tensor
@@ -151,11 +115,11 @@ class Buffers:
         return self.ranks[r]
 
     def destroy(self) -> None:
-        """Nothing to give back."""
+        """Does nothing: the memory is torch's."""
 
 
 def buffers(size: BufferSize) -> Buffers:
-    """All zero, as a new SymmBuffer."""
+    """New buffers; all bytes are zero, as those of a new SymmBuffer."""
     _, each = size.offsets()
     raw = torch.zeros(size.ranks * each + ALIGNMENT, dtype=torch.uint8)
     skip = -raw.data_ptr() % ALIGNMENT
@@ -169,16 +133,17 @@ class Run:
     """How a launch runs."""
 
     blocks: int = 2
-    """Of a rank."""
+    """Thread blocks of a rank."""
     seed: int = 0
+    """Decides the interleaving."""
     change: Callable[[str], str] = unchanged
-    """Of the kernel's text before it is compiled."""
+    """What is done to the kernel's text before it is compiled."""
     timeout_steps: int = MOST_STEPS
-    """How long a role waits, in steps of the scheduler."""
+    """How many steps of the scheduler a role waits before it gives up."""
     most_steps: int = MOST_STEPS
-    """In which the launch has to end."""
+    """How many steps the launch may take."""
     early: bool = False
-    """Whether a wait for an mbarrier may return before its phase ends, as on the chip; no deadlock is seen then."""
+    """Whether waits for an mbarrier may return before its phase has ended, as on the chip; this hides deadlocks."""
 
 
 def launch(
@@ -189,13 +154,14 @@ def launch(
     recipe: Recipe,
     run: Run = Run(),
 ) -> None:
-    """One launch; inputs stand in the buffers. A rank: its (w1, scales) and (w2, scales), transformed; y; statistics.
+    """Runs one launch of the kernel; the buffers hold its inputs.
 
-    Raises EmulationError.
+    weights: for each rank its transformed ((w1, scales), (w2, scales)). ys: bfloat16 [T_r, H], written. stats: int32
+    [E_loc], added to. Raises EmulationError.
     """
     packed = params.of_buffer(own.size, own.ranks, run.blocks, own.status, _map)
-    packed.swiglu, packed.timeout_ns = params.swiglu_of(recipe), 1000 * run.timeout_steps
-    for mine, (l1, l2), y, counts in zip(packed.rank, weights, ys, stats):  # noqa: B905  Params has room for more ranks
+    packed.swiglu, packed.barrier.timeout_ns = params.swiglu_of(recipe), 1000 * run.timeout_steps
+    for mine, (l1, l2), y, counts in zip(packed.ranks, weights, ys, stats):  # noqa: B905  Params has room for more ranks
         params.set_weights(mine, l1, l2)
         params.set_outputs(mine, y, counts)
     rcp, ex2 = (np.ascontiguousarray(tables.load(name).numpy()) for name in tables.NAMES)

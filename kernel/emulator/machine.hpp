@@ -1,10 +1,11 @@
-// A GPU for the kernel's own sources, on a CPU: every CUDA thread is a fiber, all of them share one thread of the host, and
-// a seeded scheduler decides who goes on and when an asynchronous copy lands. The same seed gives the same run. Under odd
-// seeds a quarter of the warps or half of the blocks is slow, so that roles and blocks drift apart.
+// A GPU on a CPU, for the kernel's own sources: every CUDA thread is a fiber. All fibers share one thread of the host,
+// and a seeded scheduler decides which one goes on and when an asynchronous copy lands, so the same seed gives the same
+// run. Under odd seeds a quarter of the warps or half of the thread blocks is slow, so that roles and thread blocks
+// drift apart.
 //
-// What it models: warps that meet at collectives, barriers of a block, mbarriers with transaction bytes, the register pool
-// of setmaxnreg, copies that land late and in any order, wgmma that reads its operands only when it is waited for. What it
-// does not: caches and the memory model (every access is seen at once), clocks.
+// The machine models warps that meet at collectives, barriers of a thread block, mbarriers with transaction bytes, the
+// register pool of setmaxnreg, copies that land late and in any order, and wgmma that reads its operands only when it
+// is waited for. It does not model caches and the memory model (every access is seen at once), nor clocks.
 #pragma once
 #include <csetjmp>
 #include <csignal>
@@ -29,7 +30,7 @@ constexpr size_t kStack = 256 * 1024;
 struct Fiber;
 using Queue = std::vector<Fiber*>;
 
-// Threads that wait for each other: complete when as many have come as are expected.
+// A place where threads wait for each other. It opens when as many have arrived as are expected.
 struct Gate {
     uint32_t arrived = 0, generation = 0;
     const char* kind = nullptr;
@@ -38,20 +39,20 @@ struct Gate {
 
 struct Warp {
     Gate gate;
-    uint32_t value[2][32];  // what lanes exchange, of this collective and of the one before
-    uint32_t registers;     // a thread
-    uint32_t slowness;      // it goes on in one of so many of its turns
+    uint32_t value[2][32];  // what the lanes exchange in this collective, and in the one before
+    uint32_t registers;     // of each thread
+    uint32_t slowness;      // a slow warp goes on in one of this many of its turns
 };
 
 struct Block {
     uint32_t index, live;
     std::unique_ptr<uint8_t, decltype(&free)> shared{nullptr, free};
-    std::unordered_map<uint32_t, std::vector<uint32_t>> words;  // static shared variables, by line
+    std::unordered_map<const void*, uint32_t> words;  // words of static shared memory, by what identifies them
     std::vector<Warp> warps;
     std::vector<Gate> barriers = std::vector<Gate>(16);
-    uint32_t free_registers = 0;  // of the pool that the block was launched with
+    uint32_t free_registers = 0;  // what is left of the registers that the thread block was launched with
     Queue want_registers;
-    bool any = false;  // of __syncthreads_or
+    bool any = false;  // what __syncthreads_or collects
 };
 
 struct Fiber {
@@ -62,10 +63,10 @@ struct Fiber {
     uint8_t* stack;
     bool begun = false, done = false;
     const char* waits_for = nullptr;
-    size_t place = 0;             // in the list of runnable fibers
+    size_t place = 0;               // in the list of runnable fibers
     uint32_t stores_under_way = 0;  // bulk stores of this thread
     Queue store_waiters;
-    std::vector<Job> chain;  // wgmma that was not waited for yet
+    std::vector<Job> chain;  // wgmma that this thread has not waited for yet
 };
 
 struct Mbarrier {
@@ -85,12 +86,12 @@ struct Machine {
     std::vector<Job> jobs;
     std::unordered_map<const void*, Mbarrier> mbarriers;
     std::mt19937 random;
-    uint32_t job_share = 4;  // one step in so many lets a copy land
+    uint32_t job_share = 4;  // one step in this many lets a copy land
     uint64_t steps = 0;
     Fiber* current = nullptr;
     jmp_buf home;
     std::string failure;
-    const uint32_t* gave_up;
+    const uint32_t* gave_up;  // not 0 once a role has given up
     uint32_t grid, threads, launch_registers;
 };
 
@@ -110,11 +111,12 @@ inline void wake(Queue& queue) {
     queue.clear();
 }
 
+// Goes back to the scheduler; the fiber goes on behind this call.
 inline void leave() {
     if (_setjmp(machine->current->context) == 0) _longjmp(machine->home, 1);
 }
 
-// Lets others go on.
+// Lets other fibers go on.
 inline void yield() { leave(); }
 
 inline void stop_running(Fiber* fiber) {
@@ -124,6 +126,7 @@ inline void stop_running(Fiber* fiber) {
     runnable.pop_back();
 }
 
+// Waits in a queue until another fiber wakes it.
 inline void block_on(Queue& queue, const char* what) {
     Fiber* fiber = machine->current;
     fiber->waits_for = what;
@@ -146,7 +149,7 @@ inline void meet(Gate& gate, uint32_t expected, const char* kind) {
 
 inline Warp& warp() { return machine->current->block->warps[machine->current->thread / 32]; }
 
-// All lanes give a value; the answer is what lane `source` gave.
+// Every lane of the warp gives a value; pick() chooses the answer among all of them.
 inline uint32_t exchange(uint32_t value, const std::function<uint32_t(const uint32_t*)>& pick, const char* kind) {
     Warp& own = warp();
     uint32_t* values = own.value[own.gate.generation & 1];
@@ -161,6 +164,7 @@ inline Mbarrier& mbarrier(const void* address) {
     return found->second;
 }
 
+// Completes the phase if nothing is missing.
 inline void settle(Mbarrier& barrier) {
     if (barrier.pending != 0 || barrier.bytes != 0) return;
     barrier.pending = barrier.count;
@@ -176,17 +180,17 @@ inline void arrive(const void* address, int64_t bytes = 0) {
     settle(barrier);
 }
 
+// Bytes of an asynchronous copy have arrived.
 inline void landed(const void* address, int64_t bytes) {
     Mbarrier& barrier = mbarrier(address);
     barrier.bytes -= bytes;
     settle(barrier);
 }
 
-inline uint32_t* words(uint32_t line, uint32_t count) {
-    auto& own = machine->current->block->words[line];
-    own.resize(count);
-    return own.data();
-}
+// A word of static shared memory of the running thread block. `key` is an address that is the word's alone.
+inline uint32_t& shared_word(const void* key) { return machine->current->block->words[key]; }
+
+inline uint8_t* dynamic_shared() { return machine->current->block->shared.get(); }
 
 using Kernel = void (*)(const void*);
 inline Kernel kernel;
@@ -201,17 +205,19 @@ inline void begin() {
     _longjmp(machine->home, 1);
 }
 
+// Says what the fibers that have not ended wait for.
 inline std::string stuck() {
     std::unordered_map<std::string, uint32_t> counts;
     for (auto& fiber : machine->fibers)
         if (!fiber->done)
-            counts["block " + std::to_string(fiber->block->index) + ": " + (fiber->waits_for ? fiber->waits_for : "spinning")] += 1;
+            counts["block " + std::to_string(fiber->block->index) + ": " +
+                   (fiber->waits_for ? fiber->waits_for : "spinning")] += 1;
     std::string text;
     for (auto& [what, count] : counts) text += "\n  " + what + ", " + std::to_string(count) + " threads";
     return text;
 }
 
-// An access outside of all memory ends the run, not the process.
+// A memory access outside of all memory ends the run, but not the process.
 inline void on_fault(int) {
     machine->failure = "a memory access outside of all memory";
     _longjmp(machine->home, 2);
@@ -236,22 +242,23 @@ struct FaultHandler {
     }
 };
 
-// Whoever waits for an mbarrier looks once more.
+// Lets every fiber that waits for an mbarrier look once more. Returns whether there is one.
 inline bool wake_all() {
     for (auto& [address, barrier] : machine->mbarriers) wake(barrier.waiting);
     return !machine->runnable.empty();
 }
 
-// Where nobody can go on, try_wait returns early: if a role gave up, so that the others see it, or if `early` says that it may.
+// Called if no fiber can go on. Lets try_wait return early: if a role has given up, so that the others see it, or if
+// `early` permits it. Returns whether a fiber can go on now.
 inline bool drains(bool early) {
     if (*machine->gave_up == 0 && !early) return false;
     machine->steps += 1;
     return wake_all();
 }
 
-// Runs a grid to its end. Returns what went wrong, or "". gave_up: not 0 once a role has.
-inline std::string run(Kernel entry, const void* params, uint32_t grid, uint32_t threads, uint32_t shared, uint32_t registers,
-                       uint32_t seed, uint64_t most_steps, const uint32_t* gave_up, bool early) {
+// Runs a grid to its end. Returns what went wrong, or "". *gave_up is not 0 once a role has given up.
+inline std::string run(Kernel entry, const void* params, uint32_t grid, uint32_t threads, uint32_t shared,
+                       uint32_t registers, uint32_t seed, uint64_t most_steps, const uint32_t* gave_up, bool early) {
     Machine own;
     const FaultHandler handler;
     machine = &own;
@@ -323,90 +330,3 @@ inline std::string run(Kernel entry, const void* params, uint32_t grid, uint32_t
 }
 
 }  // namespace emu
-
-// ---- what CUDA has built in -----------------------------------------------------------------------------------------
-
-#define __device__
-#define __global__
-#define __host__
-#define __forceinline__ inline
-#define __noinline__ __attribute__((noinline))
-#define __align__(n)
-#define __grid_constant__
-#define __launch_bounds__(...)
-
-struct EmuIndex {
-    unsigned x;
-};
-#define threadIdx (EmuIndex{emu::machine->current->thread})
-#define blockIdx (EmuIndex{emu::machine->current->block->index})
-#define blockDim (EmuIndex{emu::machine->threads})
-#define gridDim (EmuIndex{emu::machine->grid})
-
-struct uint2 {
-    unsigned x, y;
-};
-struct alignas(16) uint4 {
-    unsigned x, y, z, w;
-};
-inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
-inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
-
-template <typename T, typename U>
-inline auto min(T a, U b) { return a < b ? a : b; }
-template <typename T, typename U>
-inline auto max(T a, U b) { return a < b ? b : a; }
-
-inline unsigned __float_as_uint(float x) { return __builtin_bit_cast(unsigned, x); }
-inline float __uint_as_float(unsigned x) { return __builtin_bit_cast(float, x); }
-template <typename T>
-inline T __ldg(const T* address) { return *address; }
-
-inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
-    const unsigned long long bytes = static_cast<unsigned long long>(high) << 32 | low;
-    unsigned out = 0;
-    for (unsigned i = 0; i < 4; ++i) out |= static_cast<unsigned>(bytes >> (8 * (selector >> 4 * i & 7)) & 0xFF) << 8 * i;
-    return out;
-}
-
-inline void __syncthreads() {
-    emu::Block& block = *emu::machine->current->block;
-    emu::meet(block.barriers[0], block.live, "__syncthreads");
-}
-
-inline int __syncthreads_or(int value) {
-    emu::Block& block = *emu::machine->current->block;
-    __syncthreads();  // nobody reads the sum of the time before any more
-    if (value) block.any = true;
-    __syncthreads();
-    const int any = block.any;
-    __syncthreads();
-    block.any = false;
-    return any;
-}
-
-inline void __syncwarp() { emu::meet(emu::warp().gate, 32, "__syncwarp"); }
-
-template <typename T>
-inline T emu_shuffle(T value, unsigned source, const char* kind) {
-    static_assert(sizeof(T) == 4);
-    return __builtin_bit_cast(T, emu::exchange(__builtin_bit_cast(unsigned, value), [=](const unsigned* all) { return all[source]; }, kind));
-}
-template <typename T>
-inline T __shfl_sync(unsigned, T value, int source) { return emu_shuffle(value, source & 31, "__shfl_sync"); }
-template <typename T>
-inline T __shfl_xor_sync(unsigned, T value, int mask) { return emu_shuffle(value, threadIdx.x % 32 ^ mask, "__shfl_xor_sync"); }
-template <typename T>
-inline T __shfl_up_sync(unsigned, T value, unsigned distance) {
-    const unsigned lane = threadIdx.x % 32;
-    return emu_shuffle(value, lane < distance ? lane : lane - distance, "__shfl_up_sync");
-}
-inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
-inline int __ffs(int bits) { return __builtin_ffs(bits); }
-inline unsigned __ballot_sync(unsigned, bool predicate) {
-    return emu::exchange(predicate, [](const unsigned* all) {
-        unsigned bits = 0;
-        for (unsigned lane = 0; lane < 32; ++lane) bits |= all[lane] << lane;
-        return bits;
-    }, "__ballot_sync");
-}

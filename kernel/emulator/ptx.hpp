@@ -1,12 +1,18 @@
-// kernel/ptx.cuh for the emulated machine: the same names. Arithmetic is that of quant/twin.cu, which is part of this build.
+// The functions of kernel/ptx.cuh for the machine of machine.hpp, under the same names; this file takes the place of
+// ptx.cuh. The arithmetic is that of quant/twin.cu, which predicts the chip.
 #pragma once
-#include <cmath>
+#include "cuda.hpp"
+#include "../../quant/tensor_core.cuh"
+#include "../../quant/twin_atoms.cuh"
+
+// The kernel runs on a stack of the host, so its thread block finds its shared memory through the machine.
+#define DYNAMIC_SHARED_MEMORY(name) u8* const name = emu::dynamic_shared()
 
 namespace emu {
 
-inline Tables tables;
+inline Tables tables;  // set before a run
 
-// 32 codes of a row as decode_term has them: values, exponents (far below all others where there is no term), any NaN.
+// 32 codes of a row as decode_term decodes them; nan: whether any code is a NaN.
 struct Terms {
     float values[32];
     int exponents[32];
@@ -37,6 +43,7 @@ inline Terms terms_of(const u8* codes) {
     return found;
 }
 
+// Returns c plus 32 products as the tensor core adds them up.
 inline float wgmma_step(float c, const Terms& a, const Terms& b) {
     int emax = kNoTerm;
     for (u32 k = 0; k < 32; ++k) emax = max(emax, a.exponents[k] + b.exponents[k]);
@@ -49,7 +56,7 @@ inline float wgmma_step(float c, const Terms& a, const Terms& b) {
     return from_bits(bits_of(static_cast<float>(total)) & ~0x3FFu) * pow2(emax - 13);
 }
 
-// Element k of a row in the 128-byte swizzle; `matrix` points at the row's tile, k steps of 32 bytes further on.
+// Where the 128-byte swizzle stores what has this address without it. Tiles are aligned to 1,024 bytes.
 inline const u8* swizzled(u64 address) { return reinterpret_cast<const u8*>(address ^ (address >> 7 & 7) << 4); }
 
 }  // namespace emu
@@ -74,7 +81,7 @@ inline float ex2_approx(float x) { return ::ex2_approx(x, emu::tables); }
 inline u16 cvt_e4m3x2(float high, float low) { return static_cast<u16>(encode_e4m3(high) << 8 | encode_e4m3(low)); }
 inline u16 cvt_bf16(float x) { return encode_bf16(x); }
 
-// ---- order: everything is seen at once, so a fence only lets others go on -----------------------------------------------
+// ---- order: every write is seen at once, so a fence at most lets other fibers go on ---------------------------------
 
 inline void fence_proxy_async() {}
 inline void fence_proxy_async_all() {}
@@ -99,9 +106,17 @@ inline u32 atomic_cas(u32* address, u32 expected, u32 value) {
 }
 inline void reduce_add_release(u32* address, u32 value) { atomic_add(address, value); }
 inline void reduce_add_release_system(u32* address, u32 value) { atomic_add(address, value); }
-inline u64 global_timer() { return emu::yield(), 1000 * emu::machine->steps; }  // a step is a microsecond
+inline u64 global_timer() { return emu::yield(), 1000 * emu::machine->steps; }  // a step counts as a microsecond
 
-// ---- barriers -------------------------------------------------------------------------------------------------------
+// ---- shared memory --------------------------------------------------------------------------------------------------
+
+template <typename Tag>
+inline u32& shared_word() {
+    static const char key = 0;
+    return emu::shared_word(&key);
+}
+
+// ---- mbarriers ------------------------------------------------------------------------------------------------------
 
 inline void mbarrier_init(u64* barrier, u32 arrivals) { emu::machine->mbarriers[barrier] = {arrivals, arrivals}; }
 inline void mbarrier_arrive(u64* barrier) { emu::yield(), emu::arrive(barrier); }
@@ -110,7 +125,7 @@ inline bool mbarrier_test_wait(u64* barrier, u32 parity) {
     emu::yield();
     return emu::mbarrier(barrier).phase != parity;
 }
-// As on the chip it may return without the phase having completed; here it does so only where others run.
+// As on the chip it may return before the phase has completed; here it does so only after other fibers have run.
 inline bool mbarrier_try_wait(u64* barrier, u32 parity) {
     if (mbarrier_test_wait(barrier, parity)) return true;
     emu::block_on(emu::mbarrier(barrier).waiting, "an mbarrier");
@@ -119,7 +134,8 @@ inline bool mbarrier_try_wait(u64* barrier, u32 parity) {
 
 // ---- asynchronous copies --------------------------------------------------------------------------------------------
 
-// As the test's host encodes it: base, rows, columns, bytes from row to row, rows of a box of 128 columns.
+// What the emulator's host writes: the base, rows, columns, bytes from one row to the next, and the rows of a box of
+// 128 columns.
 struct alignas(64) TensorMap {
     u64 opaque[16];
 };
@@ -139,7 +155,7 @@ inline void tma_load_2d(void* target, const TensorMap& map, u64* barrier, int co
     });
     emu::yield();
 }
-inline bool elect_one() { return __syncwarp(), threadIdx.x % 32 == 31; }  // whichever: nothing may rest on it
+inline bool elect_one() { return __syncwarp(), threadIdx.x % 32 == 31; }  // which lane it is must not matter
 inline void prefetch_l1(const void*) {}
 inline void prefetch_tensor_map(const TensorMap&) {}
 inline void bulk_load(void* target, const void* source, u32 bytes, u64* barrier) {
@@ -176,7 +192,8 @@ inline void set_registers(u32 registers) {
             block.free_registers += 32 * (warp.registers - registers);
             emu::wake(block.want_registers);
         } else {
-            while (block.free_registers < 32 * (registers - warp.registers)) emu::block_on(block.want_registers, "registers");
+            while (block.free_registers < 32 * (registers - warp.registers))
+                emu::block_on(block.want_registers, "registers");
             block.free_registers -= 32 * (registers - warp.registers);
         }
         warp.registers = registers;
@@ -184,11 +201,15 @@ inline void set_registers(u32 registers) {
     __syncwarp();
 }
 template <u32 kRegisters>
-inline void more_registers() { set_registers(kRegisters); }
+inline void more_registers() {
+    set_registers(kRegisters);
+}
 template <u32 kRegisters>
-inline void fewer_registers() { set_registers(kRegisters); }
+inline void fewer_registers() {
+    set_registers(kRegisters);
+}
 
-// ---- wgmma: read and computed when it is waited for, the latest moment that the chip may take ----------------------------
+// ---- wgmma: operands are read when it is waited for, the latest moment at which the chip may read them --------------
 
 inline void wgmma_fence() {}
 inline void wgmma_commit() { emu::yield(); }

@@ -1,6 +1,6 @@
 """What a rank's part of the symmetric buffer holds: a table of its fields, and all that follows from the table.
 
-A field is one row of FIELDS. Offsets and bytes (`BufferSize.offsets`), the views (`RankViews`), `Layout` of the
+A field is one row of FIELDS. Offsets and bytes (`BufferSize.offsets`), the views (`RankViews`), `Offsets` of the
 kernel's parameters and what is cleared after a failure are derived from it. The reference has a table of its own
 (reference/layout.py), and a test compares the two.
 """
@@ -106,7 +106,7 @@ class Field:
     """A row of the table."""
 
     name: str
-    """Also the name of its offset in `Layout` of params.cuh, and of its view."""
+    """Also the name of its offset in `Offsets` of params.cuh, and of its view."""
     dtype: torch.dtype
     shape: Callable[[BufferSize], tuple[int, ...]]
     """As it lies in memory, contiguous."""
@@ -137,7 +137,7 @@ FIELDS = (
     Field("pool_source", U32, lambda s: (s.pool_rows, 2), "pool"),
     Field("pool_weight", F32, lambda s: (s.pool_rows,), "pool"),
 )
-"""In the order in which they lie, which is that of `Layout` in params.cuh too."""
+"""In the order in which they lie, which is that of `Offsets` in params.cuh too."""
 
 
 def names_of(region: Region) -> tuple[str, ...]:

@@ -130,9 +130,9 @@ class LaunchPlan:
         self.granularity = recipe.activation_granularity
         self.shared = shared_bytes()
         self.params = Params.from_buffer_copy(buffer.template)
-        self.grid = self.params.blocks_per_rank * buffer.size.ranks
+        self.grid = self.params.grid.num_ctas_per_rank * buffer.size.ranks
         self.params.swiglu = params.swiglu_of(recipe)
-        self.ranks = [self.params.rank[rank] for rank in range(buffer.size.ranks)]
+        self.ranks = [self.params.ranks[rank] for rank in range(buffer.size.ranks)]
         for own, l1, l2 in zip(self.ranks, l1s, l2s, strict=True):
             params.set_weights(own, l1, l2)
         self.weights = InOrder([])
@@ -146,11 +146,11 @@ class LaunchPlan:
         """Writes what is new: mostly another y alone, and each field takes the time of a few lines of Python."""
         ranks = len(self.ranks)
         for own, pointer in zip(self.ranks, places, strict=False):
-            own.y = pointer
+            own.outputs.y_ptr = pointer
         if self.places[ranks:] != places[ranks:]:
             stats, *shapes = places[ranks:]
             for own, counts, shape in zip(self.ranks, stats or (None,) * ranks, shapes, strict=True):
-                own.stats, own.tokens = counts, shape[0]
+                own.outputs.stats_ptr, own.num_tokens = counts, shape[0]
         self.places = places
 
     def launch(self, program: Callable[[int], Program], timeout_s: float) -> None:
@@ -161,7 +161,7 @@ class LaunchPlan:
         if (device := torch.cuda.current_device()) != self.device:
             current = f"cuda:{device}"
             raise ConfigError(f"sym_buffer is on cuda:{self.device}; it must be on the current device, {current}")
-        self.params.timeout_ns = int(timeout_s * 1e9)
+        self.params.barrier.timeout_ns = int(timeout_s * 1e9)
         kernel = program(self.granularity).library().kernel(self.entry)
         kernel(self.params, self.grid, THREADS, self.shared, cooperative=True, device=device)
 

@@ -12,23 +12,23 @@ ROLES = {"producer": 128, "math": 256}
 """Threads of each role of a block: the producer's warpgroup gives registers away, the two of math take them."""
 THREADS = sum(ROLES.values())
 TURN_N = 128
-"""`kTurnN` of gemm.cuh: weight rows of a half tile, and of one chain of a math warpgroup."""
+"""`kHalfN` of gemm.cuh: weight rows of a half tile, and of one chain of a math warpgroup."""
 DISPATCH_WARPS, TRANSIT_BYTES = 2, 8192
-"""`kDispatchWarps` of storage.cuh and `kChunk` of dispatch.cuh."""
+"""`kNumDispatchWarps` of storage.cuh and `kStagingBytes` of dispatch.cuh."""
 FEW_SLOTS = 1024
 """`kFewSlots` of dispatch.cuh: slots, empty ones included, up to which the blocks of a rank alone do not meet first."""
 BOX_ROWS = 32
 """Activation rows of one TMA box: a part-filled block loads only the boxes that hold rows."""
 TASKS = 8
-"""`kTasks` of storage.cuh: tasks, of six numbers each, that the producer of a block may be ahead."""
+"""`kNumTasks` of storage.cuh: tasks, of six numbers each, that the producer of a block may be ahead."""
 GROUP_BLOCKS = 24
-"""`kGroupBlocks` of scheduler.cuh: pool blocks whose tiles of GEMM 2 come after GEMM 1's of the next so many."""
+"""`kWaveBlocks` of scheduler.cuh: pool blocks whose tiles of GEMM 2 come after GEMM 1's of the next so many."""
 RING_BLOCKS = 4 * GROUP_BLOCKS
 """Pool blocks that activations have memory for; a block takes the place of the one so many before it."""
 GROUP = 64
 """Columns of L2 activations that share a scale at least: the buffer has memory for so many scales."""
 GRANULARITIES = (GROUP, 128)
-"""Columns of L2 activations that share a scale, `kGranularity` of storage.cuh: a cubin for each."""
+"""Columns of L2 activations that share a scale, `kGranularity` of params.cuh: a cubin for each."""
 MAX_RANKS, MAX_EXPERTS = 8, 512
 """`kMaxRanks` and `kMaxExperts` of params.cuh."""
 WORKSPACE_BYTES = 4 * (3 + MAX_EXPERTS)

@@ -33,7 +33,7 @@ PROGRAM = Program(
 
 
 class _SwigluParams(ctypes.Structure):
-    _fields_ = (("clamp", ctypes.c_float), ("clamped", ctypes.c_uint32))
+    _fields_ = (("clamp", ctypes.c_float), ("is_clamped", ctypes.c_uint32))
 
 
 class GroupedParams(ctypes.Structure):

@@ -58,7 +58,7 @@ class Lost:
     def change(self, text: str) -> str:
         """The sources with 16 bytes more there. Raises BuildError unless there is one such place."""
         more = self.bytes.replace("bytes)", "bytes + 16)")
-        unlimited = "ptx::global_timer() - start > r.p.timeout_ns) return"
+        unlimited = "ptx::global_timer() - start_ns > rank.params.barrier.timeout_ns) return"
         for place in (self.bytes, unlimited):
             if text.count(place) != 1:
                 raise BuildError(f"the sources have {text.count(place)} places {place!r}; one has to be there")
@@ -70,28 +70,28 @@ DELAYS = (
     Delay("producer_role", 100),
     Delay("math_role", 100),
     Delay("announce", 100),
-    Delay("count_alone", 100),
+    Delay("count_locally", 100),
     Delay("combine", 200),
-    Delay("publish", 200, "r.rank % 2 == 1", "odd_ranks"),
+    Delay("publish", 200, "rank.idx % 2 == 1", "odd_ranks"),
     Delay("math_role", 50, "threadIdx.x >= 256", "one_warpgroup"),
     Delay("produce", 20, note="each_task"),
     Delay("scout_role", 100),
     Delay("wait_operands", 20, note="each_task"),
-    Delay("pull_row", 20, "index % 4 == 1", "every_fourth_row"),
+    Delay("pull_row", 20, "row_idx % 4 == 1", "every_fourth_row"),
     # Operands are read late: who takes their place in the ring of pool blocks too early overwrites them.
-    Delay("produce", 50, f"!task.l2 && {THIRD_OF_BLOCKS}", "gemm_1"),
-    Delay("produce", 50, f"task.l2 && {THIRD_OF_BLOCKS}", "gemm_2"),
+    Delay("produce", 50, f"!task.is_gemm2 && {THIRD_OF_BLOCKS}", "gemm_1"),
+    Delay("produce", 50, f"task.is_gemm2 && {THIRD_OF_BLOCKS}", "gemm_2"),
     # Tiles are finished late, in part: a counter that runs ahead of one warpgroup shows what is not there yet.
     Delay("requantise_tile", 20, "threadIdx.x >= 256", "one_warpgroup"),
     Delay("to_slot", 50, f"threadIdx.x >= 256 && {THIRD_OF_BLOCKS}", "one_warpgroup"),
 )
 STUCK = Delay("pull", 2_000_000, "blockIdx.x == 0", "first_block")
 """So late that whoever waits for it has to give up."""
-ABSENT = Delay("count_alone", 2_000_000, "blockIdx.x == 1", "second_block")
+ABSENT = Delay("count_locally", 2_000_000, "blockIdx.x == 1", "second_block")
 """The same before rows travel, of a rank that is alone: its other blocks are at the end of the launch by then."""
 LOST = (
-    Lost("row", "&transit.arrived, bytes)", "dispatch waited for the copy of a row"),
-    Lost("stage", "&ring.full[at.index], bytes)", "scout waited for tasks of its block"),
+    Lost("row", "&staging.arrived, num_bytes)", "dispatch waited for the copy of a row"),
+    Lost("stage", "&pipeline.full_barriers[at.stage_idx], stage_bytes)", "scout waited for tasks of its block"),
 )
 Change = Delay | Lost
 

@@ -57,7 +57,7 @@ def test_tasks_are_those_of_the_scheduler(preset: str, routing: str, tokens: int
     all_tasks = scheduler.all_tasks(plan, shape.hidden, shape.intermediate)
     found = floor.tasks(counts, shape.hidden, shape.intermediate, 78)
     assert (found.l1, found.l2) == (sum(not task.l2 for task in all_tasks), sum(task.l2 for task in all_tasks))
-    assert found.l2_width == plan.l2_width
+    assert found.l2_width == plan.gemm2_tile_n
 
 
 @pytest.mark.parametrize("l1, l2, waves, last", [(78, 78, 2, 1.0), (78, 79, 3, 1 / 78), (1, 0, 1, 1 / 78)])
@@ -68,9 +68,8 @@ def test_waves(l1: int, l2: int, waves: int, last: float) -> None:
 
 
 def test_registers_are_those_of_the_source() -> None:
-    source = (HOME / "kernel" / "moe_sm90.cu").read_text()
-    assert f"fewer_registers<{floor.REGISTERS['producer']}>" in source
-    assert f"more_registers<{floor.REGISTERS['math']}>" in source
+    source = (HOME / "kernel" / "registers.cuh").read_text()
+    assert f"kMath = {floor.REGISTERS['math']}, kOthers = {floor.REGISTERS['producer']};" in source
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -120,7 +120,7 @@ def test_an_index_of_no_expert_is_an_empty_slot(case: Case) -> None:
 
 def test_a_role_that_waits_in_vain_says_so() -> None:
     def nobody_pulls(text: str) -> str:
-        return replaced(text, "} else if (warp <= kDispatchWarps) {", "} else if (warp == 9) {")
+        return replaced(text, "} else if (warp_idx <= kNumDispatchWarps) {", "} else if (warp_idx == 9) {")
 
     with pytest.raises(emulator.EmulationError, match=r"scout waited for rows of a pool block: expected \d+, saw 0"):
         proof(narrow(2, (3,)), change=nobody_pulls, timeout_steps=200_000)
@@ -129,12 +129,16 @@ def test_a_role_that_waits_in_vain_says_so() -> None:
 @pytest.mark.parametrize("absent", range(3))
 @pytest.mark.parametrize(
     ("tokens", "before"),
-    [(513, "phase::mark(p, phase::kPhases);"), (5, "combine::Units units(r);"), (513, "combine::Units units(r);")],
+    [
+        (513, "phase::mark(params, phase::kPhases);"),
+        (5, "combine::Units units(rank);"),
+        (513, "combine::Units units(rank);"),
+    ],
     ids=["before_rows_travel", "at_the_end", "at_the_end_after_a_meeting"],
 )
 def test_a_missing_block_is_what_the_others_wait_for(tokens: int, before: str, absent: int) -> None:
     def goes_away(text: str) -> str:
-        return replaced(text, before, f"if (r.block == {absent}) return; {before}")
+        return replaced(text, before, f"if (rank.cta_idx == {absent}) return; {before}")
 
     with pytest.raises(emulator.EmulationError, match="waited for blocks of the rank: expected 3, saw 2"):
         proof(narrow(2, (tokens,)), change=goes_away, timeout_steps=200_000, blocks=3)
@@ -143,9 +147,9 @@ def test_a_missing_block_is_what_the_others_wait_for(tokens: int, before: str, a
 @pytest.mark.parametrize(
     ("absent", "said"),
     [
-        ("r.rank == 1", "rank 0, block ., all roles waited for ranks: expected 2, saw 1"),
+        ("rank.idx == 1", "rank 0, block ., all roles waited for ranks: expected 2, saw 1"),
         (
-            "r.rank == 1 && r.block == 0",
+            "rank.idx == 1 && rank.cta_idx == 0",
             "rank 0, block ., all roles waited for ranks: expected 2, saw 1"
             "|rank 1, block 1, all roles waited for blocks of the rank: expected 2, saw 1",
         ),
@@ -156,7 +160,7 @@ def test_who_is_missing_at_a_meeting_of_ranks(absent: str, said: str) -> None:
     """A whole rank sees that another one is missing, that one how many of its blocks: the first to give up speaks."""
 
     def goes_away(text: str) -> str:
-        return replaced(text, "phase::mark(p, phase::kPhases);", f"if ({absent}) return;")
+        return replaced(text, "phase::mark(params, phase::kPhases);", f"if ({absent}) return;")
 
     with pytest.raises(emulator.EmulationError, match=said):
         proof(narrow(4, (5, 3)), change=goes_away, timeout_steps=200_000)
@@ -224,59 +228,133 @@ class Fault:
 
 RACES = tuple(range(12))
 """Behind the seed that is known to convict, where there is one: another compiler's code may need another."""
-MEET = "    __syncthreads();\n    if (math)"
+SYNC = "    __syncthreads();\n    if (is_math)"
 RECYCLED = {"case": narrow(76, (190,)), "ring": 48, "seeds": (15, 7, 0, 3, 11, 19, 23)}
 GEMM_2_LATE = (
-    "    const u32 want = blocks",
-    """    if (task.l2 && r.block == 0)
+    "    const u32 wanted_at = num_k_blocks",
+    """    if (task.is_gemm2 && rank.cta_idx == 0)
         for (const u64 late = ptx::global_timer(); ptx::global_timer() - late < 300'000'000;) {}
-    const u32 want = blocks""",
+    const u32 wanted_at = num_k_blocks""",
 )
 """Operands of GEMM 2 are read late in one block: 300,000 steps."""
 ANY_STAGE = "l1_acts|l2_acts|slots|y|written"
 NO_END = "deadlock|no end|rank "
 LONG = Case(Shape("long", hidden=8320, intermediate=128, experts=2, topk=1), (3, 2))
 """Rows that travel in two steps."""
-RELEASE = "                if (turn == kTurns - 1 && g == kGroups - 1) release(&ring.empty[stage]);\n"
+LAST_CHAIN = "half_idx == kNumHalfTiles - 1 && scale_idx == kNumScales - 1"
+RELEASE = f"""                if ({LAST_CHAIN})
+                    release(&pipeline.empty_barriers[stage_idx]);
+"""
 FAULTS = (
     Fault("group-size", "factor = pow2(-e)", "factor = pow2(-e - 1)", "l2_acts"),
-    Fault("scale-stride", "* shape.ring_rows, kBlockM * 4, full", "* kBlockM, kBlockM * 4, full", "l2_acts"),
-    Fault("half-tiles-apart", "k_block * width + half % 2;", "k_block + half % 2 * blocks;", "l2_acts"),
-    Fault("odd-half-lost", "halves = n / gemm::kTurnN,", "halves = n / gemm::kBlockN * 2,", "slots", narrow(2, (60,))),
+    Fault("scale-stride", "scale_idx) * shape.num_ring_rows", "scale_idx) * kBlockM", "l2_acts"),
+    Fault(
+        "half-tiles-apart",
+        "k_block_idx * num_side_by_side + half_idx % 2;",
+        "k_block_idx + half_idx % 2 * num_k_blocks;",
+        "l2_acts",
+    ),
+    Fault(
+        "odd-half-lost",
+        "num_halves = num_weight_rows / gemm::kHalfN;",
+        "num_halves = num_weight_rows / gemm::kBlockN * 2;",
+        "slots",
+        narrow(2, (60,)),
+    ),
     Fault("scale-kind", "((scaled & 0x7FFFFF) != 0 ? 1 : 0)", "0", "l2_acts"),
     Fault("clamp-form", "gate = fminf(gate, clamp);", "gate = fmaxf(fminf(gate, clamp), -clamp);", "l2_acts"),
-    Fault("weight-slot", "[row] = r.at<float>(source, l.topk_weights)[entry]", "[row] = 1.0f", "l2_acts"),
+    Fault("weight-slot", "rank.peer_ptr<float>(source_idx, offset.topk_weights)[entry]", "1.0f", "l2_acts"),
     Fault("mask", "static_cast<u64>(topk_idx) <", "static_cast<u64>(topk_idx) - 1 <", "a routed row"),
-    Fault("metadata", "return slot * p.shape.capacity + token;", "return slot * p.shape.capacity;", "a routed row"),
-    Fault("tail-row", "row_in_block + 8 * half >= rows", "row_in_block + 8 * half + 1 >= rows", "slots"),
-    Fault("stats", "r.own.stats[e] += ", "r.own.stats[e] = ", "stats of the second launch"),
+    Fault(
+        "metadata",
+        "return slot_idx * params.shape.capacity + token_idx;",
+        "return slot_idx * params.shape.capacity;",
+        "a routed row",
+    ),
+    Fault(
+        "tail-row", "row_in_block + 8 * row_half >= num_rows", "row_in_block + 8 * row_half + 1 >= num_rows", "slots"
+    ),
+    Fault("stats", "stats_ptr[expert_idx] += ", "stats_ptr[expert_idx] = ", "stats of the second launch"),
     Fault("combine", "sum[i][j] += __uint", "sum[i][j] = sum[i][j] * 0.5f + __uint", "y"),
-    Fault("expert-tail", "expert_of(plan, experts, block);", "expert_of(plan, experts - 1, block);", "a routed row"),
+    Fault(
+        "expert-tail",
+        "expert_of(plan, num_experts, pool_block_idx);",
+        "expert_of(plan, num_experts - 1, pool_block_idx);",
+        "a routed row",
+    ),
     Fault("no-promotion", "acc[i], sum[i]);", "acc[i], acc[i]);", "l2_acts"),
-    Fault("dirty-workspace", "if (first == 0) r.workspace().tiles_taken = 0;", "", ANY_STAGE),
-    Fault("task-lost", "tile = scheduler::next_tile(r);", "tile = 1 + scheduler::next_tile(r);", NO_END),
-    Fault("parity", "&s.handover.wanted, i & 1, i,", "&s.handover.wanted, 0, i,", NO_END),
-    Fault("registers", "more_registers<224>", "more_registers<232>", "deadlock"),
-    Fault("registers-back-early", MEET, "    if (math)", NO_END, narrow(2, (60,)), seeds=(29, *RACES)),
+    Fault("dirty-workspace", "if (first == 0) rank.workspace().num_tasks_taken = 0;", "", ANY_STAGE),
+    Fault(
+        "task-lost",
+        "task_idx = scheduler::next_task_idx(rank);",
+        "task_idx = 1 + scheduler::next_task_idx(rank);",
+        NO_END,
+    ),
+    Fault("parity", "&queue.wanted, i & 1, i,", "&queue.wanted, 0, i,", NO_END),
+    Fault("registers", "more_registers<registers::kMath>", "more_registers<registers::kMath + 8>", "deadlock"),
+    Fault("registers-back-early", SYNC, "    if (is_math)", NO_END, narrow(2, (60,)), seeds=(29, *RACES)),
     Fault("stage-early", f"finish_chain(acc);\n{RELEASE}", f"{RELEASE}finish_chain(acc);", ANY_STAGE, seeds=RACES),
-    Fault("stage-twice", RELEASE, RELEASE.replace(" && g == kGroups - 1", ""), f"{ANY_STAGE}|{NO_END}", seeds=RACES),
-    Fault("rest-of-row", "if ((offset += bytes) >= s.hidden) break;", "break;", "l1_acts|a routed row", LONG),
-    Fault("rows-early", "kBlockRows, task.rows);", "kBlockRows, 1);", ANY_STAGE, narrow(2, (60,)), seeds=RACES),
-    Fault("columns-early", "L1Turns, scheduler::l1_turns(r.p.shape));", "L1Turns, 1);", ANY_STAGE, seeds=(1, *RACES)),
-    Fault("ring-acts-early", "if (block < r.p.shape.ring_blocks) return true;", "return true;", ANY_STAGE, **RECYCLED),
-    Fault("ring-l2-early", "if (ready && task.block >= ring)", "if (0)", ANY_STAGE, **RECYCLED, also=GEMM_2_LATE,
-          timeout_steps=3_000_000),
-    Fault("finished-early", "&finished, gemm::kMathWarps)", "&finished, 1)", f"{ANY_STAGE}|{NO_END}", seeds=RACES),
-    Fault("other-rows-entry", "        index -= count;\n", "", "a routed row", narrow(2, (60,))),
-    Fault("other-experts-entry", "expert_of_entry[first + lane] == expert", "true", "a routed row", narrow(2, (60,))),
-    Fault("flip-early", "kFlip - (r.blocks - 1)", "kFlip", f"{ANY_STAGE}|{NO_END}", narrow(2, (60,)),
-          seeds=(7, *RACES)),
-    Fault("flip-late", "kFlip - (r.blocks - 1)", "kFlip - r.blocks", NO_END, narrow(2, (60,))),
-    Fault("last-by-count", "& ~kFlip) == r.blocks - 1", "& ~kFlip) == r.blocks - 2", f"{ANY_STAGE}|{NO_END}|a routed",
-          narrow(2, (513,)), seeds=(7, *RACES)),
+    Fault(
+        "stage-twice",
+        RELEASE,
+        RELEASE.replace(" && scale_idx == kNumScales - 1", ""),
+        f"{ANY_STAGE}|{NO_END}",
+        seeds=RACES,
+    ),
+    Fault("rest-of-row", "if ((first += num_bytes) >= shape.hidden) break;", "break;", "l1_acts|a routed row", LONG),
+    Fault("rows-early", "kRowsArrived, task.num_rows);", "kRowsArrived, 1);", ANY_STAGE, narrow(2, (60,)), seeds=RACES),
+    Fault("columns-early", "scheduler::num_gemm1_half_tiles(shape));", "1);", ANY_STAGE, seeds=(1, *RACES)),
+    Fault(
+        "ring-acts-early",
+        "if (pool_block_idx < shape.num_ring_blocks) return true;",
+        "return true;",
+        ANY_STAGE,
+        **RECYCLED,
+    ),
+    Fault(
+        "ring-l2-early",
+        "if (is_ready && task.pool_block_idx >= num_ring_blocks)",
+        "if (0)",
+        ANY_STAGE,
+        **RECYCLED,
+        also=GEMM_2_LATE,
+        timeout_steps=3_000_000,
+    ),
+    Fault(
+        "finished-early",
+        "ptx::mbarrier_init(&mbarrier, gemm::kNumMathWarps);",
+        "ptx::mbarrier_init(&mbarrier, 1);",
+        f"{ANY_STAGE}|{NO_END}",
+        seeds=RACES,
+    ),
+    Fault("other-rows-entry", "        row_idx -= num_found;\n", "", "a routed row", narrow(2, (60,))),
+    Fault(
+        "other-experts-entry",
+        "expert_of_entry[first + lane_idx] == expert_idx",
+        "true",
+        "a routed row",
+        narrow(2, (60,)),
+    ),
+    Fault(
+        "flip-early",
+        "kFlip - (rank.num_ctas - 1)",
+        "kFlip",
+        f"{ANY_STAGE}|{NO_END}",
+        narrow(2, (60,)),
+        seeds=(7, *RACES),
+    ),
+    Fault("flip-late", "kFlip - (rank.num_ctas - 1)", "kFlip - rank.num_ctas", NO_END, narrow(2, (60,))),
+    Fault(
+        "last-by-count",
+        "& ~kFlip) == rank.num_ctas - 1",
+        "& ~kFlip) == rank.num_ctas - 2",
+        f"{ANY_STAGE}|{NO_END}|a routed",
+        narrow(2, (513,)),
+        seeds=(7, *RACES),
+    ),
     Fault("report-lost", "return static_cast<void>(reporter.catch_up(i));", "return;", NO_END, narrow(2, (60,))),
     Fault("store-early", "ptx::bulk_store_wait();", "", ANY_STAGE, narrow(2, (60,)), seeds=(11, *RACES)),
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.id)

@@ -17,14 +17,22 @@ ROOMS = ("layout", "scheduler", "dispatch", "gemm", "swiglu", "scatter", "combin
 SHARED = {
     "layout": {"ring_row", "slot_row", "recv_count", "recv_list"},
     "scheduler": {
-        *("Plan", "blocks_of", "make_plan", "expert_of", "rows_in_block"),
-        *("l2_width", "weights_once", "Task", "l1_turns", "l2_turns", "task_of", "next_tile"),
+        *("Plan", "num_blocks_of", "make_plan", "expert_of", "num_rows_in_block"),
+        *(
+            "gemm2_tile_n",
+            "evicts_weights_first",
+            "Task",
+            "num_gemm1_half_tiles",
+            "num_gemm2_half_tiles",
+            "task_of",
+            "next_task_idx",
+        ),
     },
     "dispatch": {"pull"},
     "swiglu": {"activate"},
     "scatter": {"to_slot"},
     "combine": {"combine"},
-    "barrier": {"spin", "meet", "meet_alone"},
+    "barrier": {"spin", "sync_ranks", "sync_ctas"},
     "stats": {"accumulate"},
 }
 """Names that mean the same in both wings."""
@@ -74,7 +82,7 @@ def test_peers_are_reached_through_layout_alone() -> None:
     """Where the ranks' memory is, is one file's business: no other source indexes the buffers of the parameters."""
     sources = [*(ROOT / "kernel").glob("*.cuh"), *(ROOT / "kernel").glob("*.cu")]
     reaching = {
-        path.name for path in sources if re.search(r"\bbuffer\[(?!kMaxRanks\])", path.read_text(encoding="utf-8"))
+        path.name for path in sources if re.search(r"\bbuffer_ptr\[(?!kMaxRanks\])", path.read_text(encoding="utf-8"))
     }
     assert reaching == {"layout.cuh"}
 

@@ -118,22 +118,23 @@ class Fault:
 
 
 COUNT, SENT, SCALES = (
-    "r.own.stats[e] += static_cast<int>(plan.rows[e]);",
-    "r.recv_count(expert / local, r.rank)[expert % local] = ptx::load_relaxed(count);",
-    "i < s.hidden / 128; i += 32) to_sf",
+    "rank.own.outputs.stats_ptr[expert_idx] += static_cast<int>(plan.num_rows[expert_idx]);",
+    "rank.recv_count(expert_idx / num_local_experts, rank.idx)[expert_idx % num_local_experts] = count;",
+    "i < shape.hidden / 128; i += 32)",
 )
-ROW = "if (inside[i]) *reinterpret_cast<uint4*>(y + i * 32 * kPart)"
+MORE = "rank.own.outputs.stats_ptr[rank.params.shape.num_local_experts]"
+ROW = "            if (is_inside[i])\n                *reinterpret_cast<uint4*>(y_ptr + i * 32 * kLaneColumns)"
 FAULTS = (
-    Fault("one-count-more", COUNT, f"{COUNT} if (!threadIdx.x) r.own.stats[r.p.shape.experts_local] = 7;", "stats"),
+    Fault("one-count-more", COUNT, f"{COUNT} if (!threadIdx.x) {MORE} = 7;", "stats"),
     Fault("one-scale-more", SCALES, SCALES.replace("<", "<="), "l1_acts_sf"),
     Fault(
         "one-count-sent-more",
         SENT,
-        f"{SENT} r.recv_count(expert / local, r.rank)[local] = 0;",
+        f"{SENT} rank.recv_count(expert_idx / num_local_experts, rank.idx)[num_local_experts] = 0;",
         "recv_count",
         tokens=1025,
     ),
-    Fault("columns-more", ROW, f"*reinterpret_cast<uint4*>(y + s.hidden * (i + 1)) = {{}}; {ROW}", "y"),
+    Fault("columns-more", ROW, f"*reinterpret_cast<uint4*>(y_ptr + shape.hidden * (i + 1)) = {{}};\n{ROW}", "y"),
 )
 
 

@@ -129,7 +129,7 @@ def test_a_fault_in_the_sources_that_the_reference_shares_is_seen(granularity: i
     """Routing weights of 1 in the kernel's own sources, and in what the reference was given."""
 
     def weights_of_one(text: str) -> str:
-        return replaced(text, "[row] = r.at<float>(source, l.topk_weights)[entry]", "[row] = 1.0f")
+        return replaced(text, "rank.peer_ptr<float>(source_idx, offset.topk_weights)[entry]", "1.0f")
 
     problem, expected, integers = solved(lattice(granularity))
     proof = prove(EmulatedAdapter(), problem, expected, integers=integers)

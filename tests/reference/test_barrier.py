@@ -41,7 +41,7 @@ def run(ranks: int, blocks: int, meetings: int, order: list[tuple[int, int]], be
         for meeting in range(1, meetings + 1):
             yield
             arrived[rank][block] = meeting
-            yield from barrier.meet(counters, rank, blocks, lambda: publish(rank))
+            yield from barrier.sync_ranks(counters, rank, blocks, lambda: publish(rank))
             if min(map(min, arrived)) < meeting or min(published) < meeting:
                 raise Early(f"block {block} of rank {rank} leaves meeting {meeting}: {arrived}, {published}")
 
@@ -131,7 +131,7 @@ def test_a_block_that_stays_away_keeps_everyone() -> None:
     counters, left = [Counters() for _ in range(3)], []
 
     def work(rank: int) -> Steps:
-        yield from barrier.meet(counters, rank, 2, lambda: barrier.spin(lambda: True))
+        yield from barrier.sync_ranks(counters, rank, 2, lambda: barrier.spin(lambda: True))
         left.append(rank)
 
     present = [work(rank) for rank in (0, 0, 1, 1, 2)]
@@ -163,7 +163,7 @@ def run_alone(blocks: int, meetings: int, order: list[tuple[int, int]], mixed: b
             yield
             arrived[block] = meeting
             alone = meeting % 2 or not mixed
-            yield from barrier.meet_alone(own, block, blocks) if alone else barrier.meet([own], 0, blocks, nothing)
+            yield from barrier.sync_ctas(own, block, blocks) if alone else barrier.sync_ranks([own], 0, blocks, nothing)
             if min(arrived) < meeting:
                 raise Early(f"block {block} leaves meeting {meeting}: {arrived}")
 
@@ -193,7 +193,7 @@ def test_arrivals_are_counted_in_any_order(order: list[int], blocks: int, before
     present = [block for block in order if block < blocks]
     for there, block in enumerate(present):
         assert barrier.arrivals(own.arrived, blocks) == there
-        steps = barrier.meet_alone(own, block, blocks)
+        steps = barrier.sync_ctas(own, block, blocks)
         next(steps), next(steps)
     assert own == Counters(before ^ FLIP)
     assert barrier.arrivals(own.arrived, blocks) == 0
@@ -211,6 +211,6 @@ def test_a_wrong_part_of_the_first_block_is_found(
         own.arrived = (before + (wrong(blocks) if block == 0 else 1)) % U32
         yield from barrier.spin(lambda: bool((own.arrived ^ before) & FLIP))
 
-    monkeypatch.setattr(barrier, "meet_alone", meet)
+    monkeypatch.setattr(barrier, "sync_ctas", meet)
     with pytest.raises(found):
         run_alone(3, 2, [])

@@ -111,11 +111,12 @@ def fields(size: BufferSize) -> dict[str, layout.Field]:
 
 
 def test_fields_are_those_of_the_kernel_in_order() -> None:
-    struct = re.search(r"struct Layout \{(.*?)\};", (ROOT / "kernel/params.cuh").read_text(encoding="utf-8"), re.DOTALL)
+    text = (ROOT / "kernel/params.cuh").read_text(encoding="utf-8")
+    struct = re.search(r"struct Offsets \{(.*?)\};", text, re.DOTALL)
     assert struct
     names = [name for line in re.findall(r"u64 ([\w, ]+);", struct[1]) for name in line.split(", ")]
     assert list(fields(SIZE)) == names
-    assert list(fields(SIZE)) == list(SIZE.offsets()[0]) == [name for name, _ in params.Layout._fields_]
+    assert list(fields(SIZE)) == list(SIZE.offsets()[0]) == [name for name, _ in params.Offsets._fields_]
 
 
 @given(SIZES)

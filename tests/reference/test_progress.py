@@ -38,7 +38,10 @@ class Machine:
     ) -> None:
         plan = scheduler.make_plan(counts, hidden, blocks)
         self.tasks = scheduler.all_tasks(plan, hidden, intermediate)
-        self.all_turns = {False: scheduler.l1_turns(intermediate), True: scheduler.l2_turns(hidden)}
+        self.all_turns = {
+            False: scheduler.num_gemm1_half_tiles(intermediate),
+            True: scheduler.num_gemm2_half_tiles(hidden),
+        }
         """Of a pool block in GEMM 1, in GEMM 2."""
         self.blocks, self.ring, self.ahead, self.pullers = blocks, ring, ahead, pullers
         self.forget: bool | None = None
@@ -56,7 +59,7 @@ class Machine:
         self.standing: dict[bool, dict[int, int]] = {l2: {} for l2 in (False, True)}
         """By GEMM: place in the ring -> the pool block whose inputs stand there."""
         sizes = [
-            scheduler.rows_in_block(plan, scheduler.expert_of(plan, block), block)
+            scheduler.num_rows_in_block(plan, scheduler.expert_of(plan, block), block)
             for block in range(plan.first_block[-1])
         ]
         self.first_row = list(accumulate(sizes, initial=0))
@@ -91,7 +94,7 @@ class Machine:
             if self.tile[block] >= len(self.tasks):
                 return False
             self.begun[block] = self.tasks[self.tile[block]]
-            self.tile[block] = scheduler.next_tile(self.taken, self.blocks)
+            self.tile[block] = scheduler.next_task_idx(self.taken, self.blocks)
             self.taken += 1
             return True
         if len(self.loaded[block]) == self.ahead:

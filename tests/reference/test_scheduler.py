@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import random
-import re
 import shutil
 import subprocess
 from collections import Counter
@@ -19,9 +18,11 @@ from hypothesis import strategies as st
 from megaproof import HOME
 from megaproof.kernel.host import sizes
 from megaproof.kernel.host.params import KernelShape
+from megaproof.kernel.programs.moe import moe
 from megaproof.reference import layout, scheduler
 from megaproof.reference.scheduler import BLOCK_M, BLOCK_N, GROUP_BLOCKS, TURN_N, Plan, Task
 from megaproof.tests.reference.test_layout import COUNTS
+from megaproof.toolchain import build
 
 COLUMNS = st.integers(1, 5).map(lambda n: n * 128)
 BLOCKS = st.integers(1, 9)
@@ -37,10 +38,10 @@ LEAST = 2 * GROUP_BLOCKS
 
 def test_a_plan_by_hand() -> None:
     plan = scheduler.make_plan([[0, 130, 0, 1], [0, 126, 0, 2]], hidden=128, blocks=4)
-    assert plan == Plan((0, 0, 2, 2, 3), (0, 256, 0, 3), ((0, 0), (0, 130), (0, 0), (0, 1)), l2_width=128)
+    assert plan == Plan((0, 0, 2, 2, 3), (0, 256, 0, 3), ((0, 0), (0, 130), (0, 0), (0, 1)), gemm2_tile_n=128)
     assert [scheduler.expert_of(plan, block) for block in range(3)] == [1, 1, 3]
-    assert [scheduler.rows_in_block(plan, e, block) for block, e in enumerate([1, 1, 3])] == [128, 128, 3]
-    assert (scheduler.l1_turns(256), scheduler.l2_turns(384)) == (4, 3)
+    assert [scheduler.num_rows_in_block(plan, e, block) for block, e in enumerate([1, 1, 3])] == [128, 128, 3]
+    assert (scheduler.num_gemm1_half_tiles(256), scheduler.num_gemm2_half_tiles(384)) == (4, 3)
     assert [scheduler.task_of(plan, 128, 256, tile) for tile in (1, 2, 5, 6, 9)] == [
         Task(False, 1, 1, 0, 256, 128),
         Task(False, 0, 1, 256, 256, 128),
@@ -57,7 +58,7 @@ def test_pool_blocks_hold_the_rows_of_the_layout(counts: list[list[int]]) -> Non
     found = []
     for block in range(plan.first_block[-1]):
         e = scheduler.expert_of(plan, block)
-        rows = scheduler.rows_in_block(plan, e, block)
+        rows = scheduler.num_rows_in_block(plan, e, block)
         assert plan.first_block[e] <= block < plan.first_block[e + 1], "an expert without rows owns no block"
         assert 0 < rows <= BLOCK_M
         inside[e] += rows
@@ -82,7 +83,7 @@ def test_pool_blocks_hold_the_rows_of_the_layout(counts: list[list[int]]) -> Non
     ],
 )
 def test_the_width_of_gemm_2(pool_blocks: int, hidden: int, blocks: int, width: int) -> None:
-    assert scheduler.l2_width(hidden, pool_blocks, blocks) == width
+    assert scheduler.gemm2_tile_n(hidden, pool_blocks, blocks) == width
 
 
 @pytest.mark.parametrize(
@@ -102,7 +103,7 @@ def test_the_width_of_gemm_2(pool_blocks: int, hidden: int, blocks: int, width: 
 def test_whose_weights_are_read_once(
     compiled: ctypes.CDLL, pool_blocks: int, hidden: int, inter: int, once: bool
 ) -> None:
-    assert scheduler.weights_once(hidden, inter, pool_blocks) == once
+    assert scheduler.evicts_weights_first(hidden, inter, pool_blocks) == once
     shape = KernelShape(hidden=hidden, intermediate=inter)
     assert bool(compiled.once(ctypes.byref(shape), pool_blocks)) == once
 
@@ -113,11 +114,11 @@ def test_every_tile_is_a_task_once(counts: list[list[int]], hidden: int, interme
     done: Counter[tuple[bool, int, int]] = Counter()
     for task in scheduler.all_tasks(plan, hidden, intermediate):
         assert task.expert == scheduler.expert_of(plan, task.block)
-        assert task.rows == scheduler.rows_in_block(plan, task.expert, task.block)
+        assert task.rows == scheduler.num_rows_in_block(plan, task.expert, task.block)
         assert task.columns in (TURN_N, BLOCK_N)
         turns = range(task.first_column // TURN_N, (task.first_column + task.columns) // TURN_N)
         done.update((task.l2, task.block, turn) for turn in turns)
-    turns = {False: scheduler.l1_turns(intermediate), True: scheduler.l2_turns(hidden)}
+    turns = {False: scheduler.num_gemm1_half_tiles(intermediate), True: scheduler.num_gemm2_half_tiles(hidden)}
     pool_blocks = range(plan.first_block[-1])
     assert done == Counter((l2, block, turn) for l2 in turns for block in pool_blocks for turn in range(turns[l2]))
 
@@ -157,68 +158,54 @@ def test_what_a_task_waits_for_stands_before_it(
 # --- the kernel's closed form -----------------------------------------------------------------------------------------
 
 HOST = """
-#include <algorithm>
-#include <cstdint>
-#define __device__
-#define __forceinline__ inline
-using u32 = std::uint32_t;
-using u64 = std::uint64_t;
-using std::max, std::min;
-constexpr u32 kMaxRanks = 8, kMaxExperts = 512;
-%(shape)s
-namespace gemm {
-%(constants)s
-%(share)s
-}
-namespace layout {
-struct Params { Shape shape; };
-struct Rank { Params p; };
-}
-%(scheduler)s
-extern "C" u32 tasks(const Shape* shape, const u32* rows, u32 blocks, u32* out) {
-    const layout::Rank r{{*shape}};
-    scheduler::Plan plan{};
-    for (u32 e = 0; e < shape->experts_local; ++e) {
-        plan.rows[e] = rows[e];
-        plan.first_block[e + 1] = plan.first_block[e] + scheduler::blocks_of(rows[e]);
+// The thread block of a rank that asks: the functions below read nothing of it but the shape.
+struct Asker {
+    emu::Machine machine;
+    emu::Block block{};
+    emu::Fiber fiber{};
+    Params params{};
+
+    explicit Asker(const Shape& shape) {
+        fiber.block = &block, machine.current = &fiber, emu::machine = &machine;
+        params.shape = shape, params.grid.num_ctas_per_rank = 1;
     }
-    plan.l2_width = scheduler::l2_width(*shape, plan.first_block[shape->experts_local], blocks);
+    ~Asker() { emu::machine = nullptr; }
+};
+extern "C" u32 tasks(const Shape* shape, const u32* num_rows, u32 num_ctas, u32* out) {
+    const Asker asker(*shape);
+    const layout::Rank rank(asker.params);
+    scheduler::Plan plan{};
+    for (u32 e = 0; e < shape->num_local_experts; ++e) {
+        plan.num_rows[e] = num_rows[e];
+        plan.first_block[e + 1] = plan.first_block[e] + scheduler::num_blocks_of(num_rows[e]);
+    }
+    plan.gemm2_tile_n = scheduler::gemm2_tile_n(*shape, plan.first_block[shape->num_local_experts], num_ctas);
     scheduler::Task task{};
-    u32 tile = 0;
-    for (; scheduler::task_of(r, plan, tile, task), task.rows; ++tile)
-        for (u32 field : {task.l2, task.block, task.expert, task.first_column, task.columns, task.rows}) *out++ = field;
+    u32 idx = 0;
+    for (; scheduler::task_of(rank, plan, idx, task), task.num_rows; ++idx)
+        for (u32 field : {task.is_gemm2, task.pool_block_idx, task.expert_idx, task.first_column, task.num_columns,
+                          task.num_rows})
+            *out++ = field;
     for (u32 more = 1; more < 1000; ++more)
-        if (scheduler::task_of(r, plan, tile + more, task), task.rows) return ~0u;
-    return tile;
+        if (scheduler::task_of(rank, plan, idx + more, task), task.num_rows) return ~0u;
+    return idx;
 }
-extern "C" u32 once(const Shape* shape, u32 pool_blocks) { return scheduler::weights_once(*shape, pool_blocks); }
-extern "C" void share(u32 warpgroup, u32 rows, u32 columns, u32* out) {
-    const gemm::Share found = gemm::share_of(warpgroup, rows, columns);
-    out[0] = found.first_row, out[1] = found.first_column, out[2] = found.turns;
+extern "C" u32 once(const Shape* shape, u32 num_pool_blocks) {
+    return scheduler::evicts_weights_first(*shape, num_pool_blocks);
+}
+extern "C" void share(u32 warpgroup_idx, u32 num_rows, u32 num_columns, u32* out) {
+    const gemm::Share found = gemm::share_of(warpgroup_idx, num_rows, num_columns);
+    out[0] = found.first_row, out[1] = found.first_column, out[2] = found.num_half_tiles;
 }
 """
 
 
-def cut(file: str, pattern: str) -> str:
-    """The one piece of a source that matches."""
-    (piece,) = re.findall(pattern, (HOME / "kernel" / file).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
-    return piece
-
-
 def host_source() -> str:
-    """The kernel's own text of scheduler and shares, without the functions by which threads work together."""
-    text = cut("scheduler.cuh", r"^namespace scheduler \{.*^\}  // namespace scheduler$")
-    for name in ("receive", "make_plan", "next_tile"):
-        function = rf"^__device__ __forceinline__ \w+ {name}\(.*?^\}}$"
-        text, found = re.subn(function, "", text, flags=re.DOTALL | re.MULTILINE)
-        assert found == 1, name
-    return HOST % {
-        "shape": cut("params.cuh", r"^struct Shape \{.*?^\};$"),
-        "constants": cut("gemm.cuh", r"^constexpr u32 kBlockM = .*?^$"),
-        "share": cut("gemm.cuh", r"^struct Share \{.*?^\};$")
-        + cut("gemm.cuh", r"^__device__ __forceinline__ Share share_of\(.*?^\}$"),
-        "scheduler": text,
-    }
+    """The kernel's scheduler on the emulator's machine, with functions that a test calls behind it."""
+    kernel = HOME / "kernel"
+    macros = "".join(f"#define {name} {value}\n" for name, value in moe().defines.items())
+    machine = build.joined([kernel / "emulator" / "ptx.hpp"])
+    return macros + machine + build.joined([kernel / "scheduler.cuh"], without=[kernel / "ptx.cuh"]) + HOST
 
 
 @pytest.fixture(scope="module")
@@ -230,7 +217,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     folder: Path = tmp_path_factory.mktemp("scheduler")
     source, library = folder / "scheduler.cpp", folder / "scheduler.so"
     source.write_text(host_source(), encoding="utf-8")
-    command = [compiler, "-std=c++20", "-O1", "-shared", "-fPIC", "-o", library, source]
+    command = [compiler, "-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-o", library, source]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     return ctypes.CDLL(str(library))
@@ -238,7 +225,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 def by_the_kernel(compiled: ctypes.CDLL, plan: Plan, hidden: int, intermediate: int, blocks: int) -> tuple[Task, ...]:
     """What `all_tasks` says, by the kernel's own text."""
-    shape = KernelShape(experts_local=len(plan.rows), hidden=hidden, intermediate=intermediate)
+    shape = KernelShape(num_local_experts=len(plan.rows), hidden=hidden, intermediate=intermediate)
     rows = (ctypes.c_uint32 * len(plan.rows))(*plan.rows)
     out = (ctypes.c_uint32 * (6 * plan.first_block[-1] * 2 * (hidden + intermediate) // 128))()
     count = compiled.tasks(ctypes.byref(shape), rows, blocks, out)
@@ -264,7 +251,7 @@ def test_the_kernels_order_of_many_experts(compiled: ctypes.CDLL) -> None:
         experts = draw.choice([1, 2, 7, 33]) if draw.random() < 0.98 else sizes.MAX_EXPERTS
         shape, blocks = (128 * draw.randint(1, 3), 128 * draw.randint(1, 2)), draw.randint(1, 140)
         plan = scheduler.make_plan([[draw.randrange(largest + 1) for _ in range(experts)]], shape[0], blocks)
-        assert by_the_kernel(compiled, plan, *sizes, blocks) == scheduler.all_tasks(plan, *sizes)
+        assert by_the_kernel(compiled, plan, *shape, blocks) == scheduler.all_tasks(plan, *shape)
 
 
 @pytest.mark.parametrize("columns", [128, 256])

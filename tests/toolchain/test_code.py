@@ -181,7 +181,7 @@ def renamed(*names: str) -> Callable[[Path], None]:
 
 @pytest.mark.parametrize(
     "act",
-    [reworded, new_file, renamed_file, renamed("StreamStorage", "StreamPlace"), renamed("kPiece", "kThreads")],
+    [reworded, new_file, renamed_file, renamed("StreamStorage", "StreamState"), renamed("kPieceBytes", "kNumThreads")],
     ids=["comments", "new file", "renamed file", "renamed structs", "renamed constants"],
 )
 def test_no_result_is_stale_for_a_word(act: Callable[[Path], None], copied: Program, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megaproof.kernel.host.buffer import FIELDS, BufferSize, RankViews, Region, names_of
-from megaproof.kernel.host.params import SHAPE_FIELDS, KernelShape, Layout
+from megaproof.kernel.host.params import SHAPE_FIELDS, KernelShape, Offsets
 from megaproof.kernel.host.sizes import GROUP_BLOCKS, MAX_EXPERTS, MAX_RANKS, RING_BLOCKS, ConfigError
 from megaproof.tests.support.sizes import SIZES
 
@@ -129,7 +129,8 @@ def test_whatever_is_accepted_has_room(
         assert start == offsets[name]
         assert start % 1024 == 0
         assert start + view.nbytes <= ends[name]
-    layout, shape = Layout(**offsets), {name: getattr(size, name) for name in SHAPE_FIELDS}
+    layout = Offsets(**offsets)
+    shape = {name: getattr(size, attribute) for name, attribute in SHAPE_FIELDS.items()}
     assert all(getattr(layout, name) == offset for name, offset in offsets.items())
     held = KernelShape(**shape)
     assert all(getattr(held, name) == number for name, number in shape.items())

@@ -109,7 +109,7 @@ def test_a_virtual_group_refuses_by_name_and_rank(library: FakeLibrary, rule: st
     both = good["y"][1]
     api.fp8_mega_moe(**good | {"y": [both[:2], both[2:]], "cumulative_local_expert_recv_stats": [None, None]})
     api.fp8_mega_moe(**good | {"cumulative_local_expert_recv_stats": None})
-    assert [params.rank[1].tokens for _, params, _ in library.launches] == [2, 4]
+    assert [params.ranks[1].num_tokens for _, params, _ in library.launches] == [2, 4]
 
 
 def freed(tensor: Tensor) -> Tensor:
@@ -167,7 +167,7 @@ def test_meta_tensors_are_judged_too() -> None:
 def test_recipes_that_are_taken(library: FakeLibrary, options: dict, entry: str, clamp: float | None) -> None:
     api.fp8_mega_moe(**call(), **options)
     ((name, params, launched),) = library.launches
-    assert (name, params.swiglu.clamped, params.swiglu.clamp) == (entry, clamp is not None, clamp or 0.0)
+    assert (name, params.swiglu.is_clamped, params.swiglu.clamp) == (entry, clamp is not None, clamp or 0.0)
     assert launched == (SMS, sizes.THREADS, sizes.shared_bytes())
     recipe = options.get("recipe")
     assert library.granularities == [recipe.activation_granularity if isinstance(recipe, Recipe) else 64]

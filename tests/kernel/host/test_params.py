@@ -36,19 +36,20 @@ def test_params_hold_what_was_passed(library: FakeLibrary) -> None:
     good = call(2)
     api.fp8_mega_moe(**good)
     ((_, params, (grid, *_)),) = library.launches
-    assert (grid, params.blocks_per_rank) == (SMS, SMS // 2)
-    assert params.status == good["sym_buffer"].status.data_ptr()
+    assert (grid, params.grid.num_ctas_per_rank) == (SMS, SMS // 2)
+    assert params.barrier.status_ptr == good["sym_buffer"].status.data_ptr()
     for rank in range(2):
-        own, views = params.rank[rank], good["sym_buffer"].rank(rank)
+        own, views = params.ranks[rank], good["sym_buffer"].rank(rank)
         (w1, w1_sf), (w2, w2_sf) = good["l1_weights"][rank], good["l2_weights"][rank]
         rows = good["sym_buffer"].size.ring_rows
-        assert list(own.l1_acts.opaque[:4]) == [views.l1_acts.data_ptr(), rows, HIDDEN, sizes.BOX_ROWS]
-        assert list(own.l2_acts.opaque[:4]) == [views.l2_acts.data_ptr(), rows, INTER, sizes.BOX_ROWS]
-        pointers = own.w1, own.w2, own.w1_sf, own.w2_sf
+        assert list(own.l1_acts_map.opaque[:4]) == [views.l1_acts.data_ptr(), rows, HIDDEN, sizes.BOX_ROWS]
+        assert list(own.l2_acts_map.opaque[:4]) == [views.l2_acts.data_ptr(), rows, INTER, sizes.BOX_ROWS]
+        held = own.weights
+        pointers = held.w1_ptr, held.w2_ptr, held.w1_sf_ptr, held.w2_sf_ptr
         assert pointers == tuple(tensor.data_ptr() for tensor in (w1, w2, w1_sf, w2_sf))
-        assert (own.y, own.tokens) == (good["y"][rank].data_ptr(), 3 + rank)
-        assert own.stats == good["cumulative_local_expert_recv_stats"][rank].data_ptr()
-        assert params.buffer[rank] == views.storage.data_ptr()
+        assert (own.outputs.y_ptr, own.num_tokens) == (good["y"][rank].data_ptr(), 3 + rank)
+        assert own.outputs.stats_ptr == good["cumulative_local_expert_recv_stats"][rank].data_ptr()
+        assert params.layout.buffer_ptr[rank] == views.storage.data_ptr()
     size = good["sym_buffer"].size
-    assert (params.shape.pool_blocks, params.shape.ring_blocks) == (size.pool_blocks, size.ring_blocks)
-    assert params.shape.ring_rows == size.ring_rows
+    assert (params.shape.num_pool_blocks, params.shape.num_ring_blocks) == (size.pool_blocks, size.ring_blocks)
+    assert params.shape.num_ring_rows == size.ring_rows

@@ -32,11 +32,11 @@ def test_the_same_call_encodes_nothing_again(library: FakeLibrary, monkeypatch: 
     assert library.encoded == 4
     assert len(good["sym_buffer"].plans) == 1
     first, second, third = [params for _, params, _ in library.launches]
-    assert [own.tokens for own in second.rank[:2]] == [0, CAPACITY]
-    assert second.rank[1].y == others[1].data_ptr()
-    assert second.rank[1].stats is None
-    assert (first.timeout_ns, second.timeout_ns) == (10_000_000_000, 500_000_000)
-    third.timeout_ns = first.timeout_ns
+    assert [own.num_tokens for own in second.ranks[:2]] == [0, CAPACITY]
+    assert second.ranks[1].outputs.y_ptr == others[1].data_ptr()
+    assert second.ranks[1].outputs.stats_ptr is None
+    assert (first.barrier.timeout_ns, second.barrier.timeout_ns) == (10_000_000_000, 500_000_000)
+    third.barrier.timeout_ns = first.barrier.timeout_ns
     assert bytes(third) == bytes(first)
 
 
@@ -46,10 +46,10 @@ def test_other_weights_and_recipes_have_their_own_plan(library: FakeLibrary, mon
     for options in ({}, {"l1_weights": l1}, {"l2_weights": l2}, {}, {"fast_math": False}, {}):
         api.fp8_mega_moe(**good | options)
     assert len(good["sym_buffer"].plans) == 3
-    first, second, third, again, precise, last = [params.rank[0] for _, params, _ in library.launches]
-    assert second.w1 == l1[0].data_ptr() != first.w1
-    assert (second.w2, second.w1_sf) == (first.w2, l1[1].data_ptr())
-    assert third.w2 == l2[0].data_ptr()
+    first, second, third, again, precise, last = [params.ranks[0] for _, params, _ in library.launches]
+    assert second.weights.w1_ptr == l1[0].data_ptr() != first.weights.w1_ptr
+    assert (second.weights.w2_ptr, second.weights.w1_sf_ptr) == (first.weights.w2_ptr, l1[1].data_ptr())
+    assert third.weights.w2_ptr == l2[0].data_ptr()
     assert bytes(first) == bytes(again) == bytes(precise) == bytes(last)
     assert [name for name, *_ in library.launches].count("moe_precise") == 1
     kept = good["sym_buffer"].plans
@@ -101,7 +101,7 @@ def test_what_was_judged_is_not_judged_again(
             api.fp8_mega_moe(**good | {argument: other_object(good[argument])})
     api.fp8_mega_moe(**good | {"y": [y[:1] for y in good["y"]] if ranks else good["y"][:1]})
     assert made == ["check_weights", "check_outputs", "check_outputs"]
-    assert library.launches[-1][1].rank[0].tokens == 1
+    assert library.launches[-1][1].ranks[0].num_tokens == 1
     assert bytes(library.launches[0][1]) == bytes(library.launches[-2][1])
 
 
@@ -112,7 +112,7 @@ def test_outputs_that_come_again_are_not_judged_again(library: FakeLibrary, monk
     ys = [torch.zeros(3, HIDDEN, dtype=BF16) for _ in range(4)]
     for step in (0, 1, 2, 1, 0, 0, 2):
         api.fp8_mega_moe(**good | {"y": ys[step]})
-        assert library.launches[-1][1].rank[0].y == ys[step].data_ptr()
+        assert library.launches[-1][1].ranks[0].outputs.y_ptr == ys[step].data_ptr()
     assert made.count("check_outputs") == 3
     for step in (3, 0, 0):
         api.fp8_mega_moe(**good | {"y": ys[step]})
@@ -152,8 +152,9 @@ def test_weights_that_are_freed_are_not_kept(library: FakeLibrary) -> None:
     for _ in range(3):  # whatever the allocator gives now
         fresh = call(2) | {"sym_buffer": buffer}
         api.fp8_mega_moe(**fresh)
-        own, (w1, w1_sf) = library.launches[-1][1].rank[1], fresh["l1_weights"][1]
-        assert (own.w1, own.w1_sf, own.y) == (w1.data_ptr(), w1_sf.data_ptr(), fresh["y"][1].data_ptr())
+        own, (w1, w1_sf) = library.launches[-1][1].ranks[1], fresh["l1_weights"][1]
+        assert (own.weights.w1_ptr, own.weights.w1_sf_ptr) == (w1.data_ptr(), w1_sf.data_ptr())
+        assert own.outputs.y_ptr == fresh["y"][1].data_ptr()
         del fresh
 
 
@@ -168,9 +169,10 @@ def test_tensors_that_change_in_place_are_seen(library: FakeLibrary) -> None:
     for tensor in (w1, w1_sf, y, stats):
         tensor.data = tensor.clone()
         api.fp8_mega_moe(**good)
-    own = library.launches[-1][1].rank[0]
-    assert [params.rank[0].tokens for _, params, _ in library.launches] == [3, *[2] * 5]
-    assert (own.w1, own.w1_sf, own.y, own.stats) == tuple(t.data_ptr() for t in (w1, w1_sf, y, stats))
+    own = library.launches[-1][1].ranks[0]
+    assert [params.ranks[0].num_tokens for _, params, _ in library.launches] == [3, *[2] * 5]
+    assert (own.weights.w1_ptr, own.weights.w1_sf_ptr) == (w1.data_ptr(), w1_sf.data_ptr())
+    assert (own.outputs.y_ptr, own.outputs.stats_ptr) == (y.data_ptr(), stats.data_ptr())
     for tensor, argument in ((w1, "l1_weights"), (y, "y"), (stats, "cumulative_local_expert_recv_stats")):
         before = tensor.data
         tensor.data = before.new_zeros(before.shape[0] + 9, *before.shape[1:])
@@ -190,7 +192,7 @@ def test_stats_come_and_go(library: FakeLibrary) -> None:
     for stats in ([first, second], None, [None, second], [first, None], [second, first], [None, None], None):
         api.fp8_mega_moe(**good | {name: stats})
         wanted = [None if counts is None else counts.data_ptr() for counts in stats or [None, None]]
-        assert [own.stats for own in library.launches[-1][1].rank[:2]] == wanted
+        assert [own.outputs.stats_ptr for own in library.launches[-1][1].ranks[:2]] == wanted
     with pytest.raises(ConfigError, match="recv_stats has 0 entries"):
         api.fp8_mega_moe(**good | {name: []})
 
