@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import ast
 import re
-import subprocess
-import tomllib
-from functools import cache
 from pathlib import Path
 
 import pytest
 
-from megaproof.tests.support.runs import ROOT
+from megaproof import __version__
+from megaproof.tests.support.house import ROOT, ROWS, TAG, files, tags, text
 
 PROMISED = {
-    ".": "README.md LICENSE NOTICE CHANGELOG.md CONTRIBUTING.md pyproject.toml constraints.txt requirements.txt "
-    "Makefile proof/plugin.py .ci/run .ci/python .github/workflows/gate.yml",
+    ".": "README.md LICENSE NOTICE CHANGELOG.md CONTRIBUTING.md pyproject.toml constraints.txt "
+    "requirements.txt requirements-suite.txt Makefile setup.py conftest.py .ci/run .ci/python "
+    ".github/workflows/gate.yml",
     "megaproof": "__init__.py",
     "toolchain": "build.py launch.py",
     "quant": "recipe.py formats.py scale.py cast.py atoms.py philox.py tables.py twin.py",
@@ -27,34 +26,9 @@ PROMISED = {
     "proof": "gate.py plugin.py",
     "bench": "__main__.py",
 }
-PACKAGES = ("megaproof", "toolchain", "quant", "reference", "kernel", "cases", "golden", "proof", "bench", "tests")
 NO_ROOM = {"ptx", "params", "storage"}
 """Headers of the kernel that are not a room: every line of PTX, the Params POD, shared memory."""
-TAG = re.compile(r"Eq\. \((\d+[a-z]?)\)")
 HOME = re.compile(r"(?<![\w.~])/(?:home|Users)/\w+|(?<![\w./])/roo[t]/\w*")
-
-
-@cache
-def files() -> list[Path]:
-    """Every file of the checkout that is tracked, or would be if it were added now."""
-    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    try:
-        listing = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
-    except (OSError, subprocess.CalledProcessError):  # an unpacked archive: no git to ask what is ignored
-        folders = [ROOT / name for name in (*PACKAGES, ".ci", ".github")]
-        found = [*ROOT.glob("*"), *(path for folder in folders for path in folder.rglob("*"))]
-        listing = [str(path.relative_to(ROOT)) for path in found if "__pycache__" not in path.parts]
-    return [ROOT / name for name in listing if name and (ROOT / name).is_file()]
-
-
-def text(path: Path) -> str | None:
-    """The text of a file, or None of a binary one."""
-    data = path.read_bytes()
-    return None if b"\0" in data else data.decode("utf-8", errors="replace")
-
-
-def tags(paths: list[Path]) -> set[str]:
-    return {tag for path in paths for tag in TAG.findall(path.read_text(encoding="utf-8"))}
 
 
 @pytest.mark.parametrize("name", [f"{folder}/{name}" for folder in PROMISED for name in PROMISED[folder].split()])
@@ -66,7 +40,7 @@ def test_a_promised_file_exists(name: str) -> None:
 def test_every_folder_of_modules_is_a_package() -> None:
     """Without __init__.py any installed package of the same common name would win."""
     folders = {path.parent for path in files() if path.suffix == ".py" and path.parent != ROOT}
-    assert {ROOT / name for name in PACKAGES} <= folders
+    assert {ROOT / name for name in ROWS} <= folders
     missing = sorted(str(folder.relative_to(ROOT)) for folder in folders if not (folder / "__init__.py").is_file())
     assert missing == []
 
@@ -103,7 +77,7 @@ def test_the_oracle_imports_nothing_of_ours() -> None:
             ours = [
                 name
                 for name in names
-                if name.split(".")[0] in PACKAGES and not name.startswith("megaproof.reference.oracle")
+                if name.split(".")[0] in ROWS and not name.startswith("megaproof.reference.oracle")
             ]
             ours += [name for name in names if name.startswith("..")]
             assert ours == [], f"{source.relative_to(ROOT)} imports {ours}"
@@ -153,9 +127,9 @@ def test_text_files_end_with_a_newline() -> None:
 
 
 def test_the_version_has_a_changelog_entry() -> None:
-    version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    release = __version__.partition(".dev")[0]  # a version in the making has the entry of the release that it becomes
     assert re.search(
-        rf"^## \[?{re.escape(version)}\b", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE
+        rf"^## \[?{re.escape(release)}\b", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE
     )
 
 

@@ -10,8 +10,7 @@ import pytest
 
 from megaproof.kernel.host import sizes
 from megaproof.reference import layout, scheduler
-from megaproof.tests.meta.test_house import tags
-from megaproof.tests.support.runs import ROOT
+from megaproof.tests.support.house import ROOT, tags
 
 ROOMS = ("layout", "scheduler", "dispatch", "gemm", "swiglu", "scatter", "combine", "barrier", "stats")
 SHARED = {

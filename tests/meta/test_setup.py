@@ -16,6 +16,7 @@ from packaging.requirements import Requirement
 from megaproof.tests.support.patience import PATIENCE_S
 from megaproof.tests.support.runs import ROOT, environment
 
+INSTALLED_FROM = ("constraints.txt", "requirements.txt", "requirements-suite.txt")
 PYTHONS = ("3.11", "3.12", "3.13", "3.14")
 
 # Plays Python: knows the modules that are said to be in the file beside it, makes a .venv, and "installs" into it.
@@ -38,7 +39,7 @@ esac
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     """A folder with what .ci/python reads, and a bare fake python3 in bin/."""
-    for name in (".ci/python", "constraints.txt", "requirements.txt"):
+    for name in (".ci/python", *INSTALLED_FROM):
         target = tmp_path / "checkout" / name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, target)
@@ -81,7 +82,7 @@ def test_a_bare_python_sets_up_a_venv_once(checkout: Path) -> None:
     assert first.stdout == f"{checkout}/.venv/bin/python\n"
     assert "python3 does not import torch; setting up .venv" in first.stderr
     assert len(installs(checkout)) == 1
-    assert installs(checkout)[0].endswith("-c constraints.txt -r requirements.txt")
+    assert installs(checkout)[0].endswith("-c constraints.txt -r requirements.txt -r requirements-suite.txt")
     second = interpreter(checkout)
     assert (second.returncode, second.stdout, second.stderr) == (0, first.stdout, "")
     assert len(installs(checkout)) == 1
@@ -98,7 +99,7 @@ def test_an_interrupted_installation_is_done_again(checkout: Path) -> None:
     assert len(installs(checkout)) == 2
 
 
-@pytest.mark.parametrize("name", ["constraints.txt", "requirements.txt"])
+@pytest.mark.parametrize("name", INSTALLED_FROM)
 def test_other_pins_are_installed(checkout: Path, name: str) -> None:
     assert interpreter(checkout).returncode == 0
     with (checkout / name).open("a") as pins:
@@ -163,7 +164,7 @@ def pins(python: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("python", PYTHONS)
 def test_every_requirement_is_pinned_exactly(python: str) -> None:
-    needed = {requirement.name.lower() for requirement in requirements("requirements.txt")}
+    needed = {requirement.name.lower() for name in INSTALLED_FROM[1:] for requirement in requirements(name)}
     assert not needed - set(pins(python))
 
 
