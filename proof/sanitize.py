@@ -12,7 +12,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from megaproof import HOME
+from megaproof.toolchain import child
 
 if TYPE_CHECKING:
     from megaproof.cases.cases import Case
@@ -77,13 +76,11 @@ def read(output: str, returncode: int) -> Verdict:
 
 def run(sanitizer: str, tool: str, ranks: int) -> tuple[Verdict, str]:
     """One tool on one case, and what it printed."""
-    child = [sys.executable, "-m", "megaproof.proof", "sanitize", "--child", str(ranks)]
     # Without torch's cache each tensor is an allocation, so that an access beyond its end is one beyond memory.
-    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    command = [sanitizer, "--tool", tool, *TOOLS[tool], *child]
+    environment = child.environment(PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    command = [sanitizer, "--tool", tool, *TOOLS[tool], *child.command("proof", "sanitize", "--child", str(ranks))]
     with subprocess.Popen(
         command,
-        cwd=HOME,
         env=environment,
         text=True,
         stdout=subprocess.PIPE,
@@ -122,7 +119,7 @@ def recycling(ranks: int) -> tuple[Case, int]:
     return Case(dataclasses.replace(SHAPES["smoke"], experts=ranks * (ring + 8)), (60,) * ranks), ring
 
 
-def child(ranks: int) -> None:
+def sanitized(ranks: int) -> None:
     """The kernel on that case; the reference's side stays on the CPU."""
     import torch
 
@@ -160,7 +157,7 @@ def sanitize_command(
     Exit status: 0 clean, 1 a tool reports an error, 3 a tool refuses this device.
     """
     if child_ranks:
-        child(child_ranks)
+        sanitized(child_ranks)
         return
     found = list(verdicts())
     if any(verdict.errors for verdict in found):

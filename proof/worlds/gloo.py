@@ -20,14 +20,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-import megaproof
 from megaproof.cases import case_io
 from megaproof.cases.cases import Case
 from megaproof.cases.run import dimensions
 from megaproof.proof.worlds.supervisor import Finding, Kind, Limits, Mark, Supervisor, View, status
 from megaproof.reference.layer import LayerResult
 from megaproof.reference.ranks import RankResult, gather
-from megaproof.toolchain.build import EnvironmentMissing
+from megaproof.toolchain import child
+from megaproof.toolchain.errors import EnvironmentMissing
 
 POLL_S = 0.05
 GLOO_EXTRA_S = 3600.0
@@ -122,13 +122,12 @@ class _World:
 
     def __init__(self, folder: Path, ranks: int) -> None:
         self.folder, self.ranks = folder, ranks
-        root = str(Path(megaproof.__file__).parents[1])
-        paths = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
         with (folder / "starter.log").open("wb") as log:
-            self.starter = subprocess.Popen(
-                [sys.executable, "-m", "megaproof.proof.worlds.rank_process", str(folder)],
+            self.starter = child.start(
+                "proof.worlds.rank_process",
+                str(folder),
                 # gloo takes the loopback device, and not the one of the host name, which need not resolve.
-                env=os.environ | {"GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": paths},
+                changes={"GLOO_SOCKET_IFNAME": "lo"},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,8 +20,8 @@ from megaproof.quant.scale import activation_scale
 from megaproof.reference import swiglu
 from megaproof.tests.support import swiglu_rows
 from megaproof.tests.support.patience import PATIENCE_S
-from megaproof.tests.support.runs import ROOT
 from megaproof.tests.support.swiglu_rows import expected
+from megaproof.toolchain import child
 
 pytest.importorskip("triton", reason="triton is not installed, and the unfused baseline is written in it")
 
@@ -82,8 +81,8 @@ def interpreted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tensor, Tenso
     gate_up, weight = swiglu_rows.rows(*INTERPRETED, seed=3)
     recipes = json.dumps([recipe.fields() for recipe in BOUNDED.values()])
     save_file({"gate_up": gate_up, "weight": weight}, folder / "in", {"recipes": recipes})
-    command = [sys.executable, "-m", "megaproof.tests.support.interpreted", str(folder / "in"), str(folder / "out")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S)
+    command = child.command("tests.support.interpreted", str(folder / "in"), str(folder / "out"))
+    done = subprocess.run(command, env=child.environment(), capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr
     return gate_up, weight, load_file(folder / "out"), done.stdout
 
