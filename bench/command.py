@@ -82,7 +82,7 @@ def sweep_command(
         sizes = {"hidden": hidden, "intermediate": intermediate, "experts": experts, "topk": topk}
         options = Options(
             shapes=points.shapes(presets, sizes),
-            tokens=points.parse_tokens(tokens),
+            tokens=None if tokens is None else points.parse_tokens(tokens),
             routings=points.known("--routing", routing or list(ROUTINGS), ROUTINGS),
             regimes=points.regimes(l2_flush, sustained),
             capacity=capacity,

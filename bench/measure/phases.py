@@ -217,7 +217,6 @@ def phases_command(
     try:
         shapes = points.shapes(presets or ["dsv4_flash"], {})
         chosen = points.parse_tokens(tokens)
-        assert chosen is not None
         points.known("--routing", [routing], ROUTINGS)
         files.check_json(json_path)
         tables = sys.stderr if json_path == files.STDOUT else sys.stdout

@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import pairwise
-from typing import Any
 
 import torch
 
-from megaproof import HOME
+from megaproof.bench import peers
 from megaproof.bench.measure.load import ROUTINGS
 from megaproof.bench.measure.timer import REGIMES
-from megaproof.bench.model.roofline import CHIPS, RANKS
+from megaproof.bench.model.chips import H200
+from megaproof.bench.model.roofline import RANKS
 from megaproof.kernel.host import sizes
 from megaproof.quant.shapes import SHAPES, Shape
 from megaproof.reference.scheduler import evicts_weights_first, gemm2_tile_n
 
-PEERS: dict[str, Any] = json.loads((HOME / "bench" / "peers" / "h200.json").read_text())
-"""What public kernels took on an H200."""
+PRESETS = tuple(name for name in SHAPES if name != "smoke")
+"""The shapes of models, each of which is measured."""
 CAPACITY, CLAMP = 8192, 10.0
 """The peers' own."""
-SMS, FEW_TOKENS = CHIPS["H200"].sms, 64
+SMS, FEW_TOKENS = H200.sms, 64
 """Of an H200, whose sweep is measured; T up to which every one is looked at for a change of the schedule."""
 SIZES = ("hidden", "intermediate", "experts", "topk")
 """What makes a shape; experts are those of the measured rank."""
@@ -116,7 +115,7 @@ class Options:
 def default_tokens(name: str, shape: Shape) -> list[int]:
     """Powers of two up to 8192, the peers' T of the shape, and both sides of every threshold of tile and schedule."""
     powers = {1 << n for n in range(14)}
-    measured = {int(t) for column in PEERS["us"].get(name, {}).values() for t in column}
+    measured = {int(t) for own in peers.PEERS.values() for us in own["us"].get(name, {}).values() for t in us}
     return sorted(powers | measured | set(sides(shape, sizes.THRESHOLDS)) | set(turns(shape)))
 
 
@@ -152,7 +151,7 @@ def turns(shape: Shape) -> tuple[int, ...]:
 
 
 def sides(shape: Shape, thresholds: Iterable[float]) -> list[int]:
-    """The last T below and the first T at each threshold, in rows an expert on average (`config.THRESHOLDS`)."""
+    """The last T below and the first T at each threshold, in rows an expert on average (`sizes.THRESHOLDS`)."""
     experts, found = shape.experts_per_rank(RANKS), set()
     for rows in thresholds:
         first = max(1, math.floor(rows * experts / shape.topk))
@@ -162,10 +161,8 @@ def sides(shape: Shape, thresholds: Iterable[float]) -> list[int]:
     return sorted(found)
 
 
-def parse_tokens(text: str | None) -> tuple[int, ...] | None:
+def parse_tokens(text: str) -> tuple[int, ...]:
     """'1,8,32' -> (1, 8, 32). Raises UsageError."""
-    if text is None:
-        return None
     try:
         counts = [int(part) for part in text.split(",")]
     except ValueError:
@@ -207,7 +204,7 @@ def shapes(presets: Sequence[str] | None, own: dict[str, int | None]) -> dict[st
     """Name -> shape: presets (all four when nothing is named), or the one that all of SIZES make. Raises UsageError."""
     given = {name: value for name, value in own.items() if value is not None}
     if not given:
-        return {name: SHAPES[name] for name in known("--preset", presets or list(PEERS["shapes"]), PEERS["shapes"])}
+        return {name: SHAPES[name] for name in known("--preset", presets or PRESETS, PRESETS)}
     if presets:
         raise UsageError(f"--preset {presets[0]} must be alone: --{next(iter(given))} makes a shape of its own")
     if missing := [f"--{name}" for name in SIZES if name not in given]:

@@ -11,15 +11,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from megaproof.bench.measure.points import PEERS
+from megaproof.bench import peers
 from megaproof.bench.measure.timer import REGIMES, spread
 from megaproof.bench.measure.yardsticks import DENSE, READ
-from megaproof.bench.model.roofline import CEILING_TFLOPS, Load, adjusted_tflops, floor_us, read_us, reduction_us
+from megaproof.bench.model.chips import Chip
+from megaproof.bench.model.roofline import Load, adjusted_tflops, reduction_us
 from megaproof.kernel.host.sizes import GROUP
 
 Row = dict[str, Any]
-FUSED = ("pr323", "pr383")
-"""Public columns that are a whole layer: ours is put beside the faster one."""
 CLOCK = "nvidia-smi's; of flushed launches it samples mostly the memsets between them"
 """What clock_mhz is worth, wherever it is shown."""
 COLUMNS = {
@@ -37,7 +36,7 @@ COLUMNS = {
     "hbm_gb_s": "bytes that must move (roofline.Load.bytes) over the time, GB/s",
     "nvlink_bytes": "what eight ranks would send over NVLink for this rank: 7/8 of dispatched and of combined rows",
     "reduction_us": "estimate of the combine's sum: T*K*2H read and T*2H written, at the rate of the bulk read",
-    "share_floor": "the model's floor (roofline.floor_us) over the time; null for a shape or granularity without one",
+    "share_floor": "the model's floor (chips.Chip.floor_us) over the time; null for a shape or granularity without one",
     "share_read": "read_us over the time",
     "share_compute": "dense_128_us + dense_64_us over the time; where granularity is 128, dense_128_us alone",
     "read_us": "plain bulk read of as many bytes, same run, in turn with the kernel",
@@ -46,7 +45,7 @@ COLUMNS = {
     "dense_64_us": "our dense GEMM promoted per 64, same M, N = H, K = I; null where granularity is 128",
     "touched": "local experts that have rows",
     "rows": "rows that the rank receives, T*K",
-    **{name: f"{name}'s time, us, from peers_h200.json; of flushed runs alone" for name in PEERS["source"]},
+    **{name: f"{name}'s time, us, on the same chip (bench/peers); of flushed runs alone" for name in peers.NAMES},
     "ratio_pr323": "our time over PR 323's",
     "ratio_pr383": "our time over PR 383's",
     "ratio_best": "our time over the better of the two",
@@ -73,17 +72,8 @@ class Point:
     load: Load
     clamp: float | None
     silu: str
-
-
-def peer_table(routing: str) -> dict[str, dict[str, dict[str, float]]]:
-    """What the public kernels took, L2 flushed: preset -> name -> T -> us."""
-    return PEERS["us" if routing == "folded" else "us_distinct"]
-
-
-def peers(preset: str, routing: str, tokens: int) -> dict[str, float | None]:
-    """What they took for this point; None where they were not measured."""
-    table = peer_table(routing).get(preset, {})
-    return {name: table.get(name, {}).get(str(tokens)) for name in PEERS["source"]}
+    chip: Chip | None
+    """None: one that chips.py does not know, without floor and peers."""
 
 
 def row(
@@ -96,12 +86,14 @@ def row(
     load, us = point.load, statistics.median(times["fused"])
     medians = {name: statistics.median(own) for name, own in times.items()}
     read, gemms = medians.get(READ), [medians[name] for name in DENSE.values() if name in medians]
-    reduction = reduction_us(load, read_us(load.bytes) if read is None else read)
-    modelled = (load.hidden, load.intermediate) in CEILING_TFLOPS and load.granularity == GROUP
-    others = peers(point.preset, point.routing, load.tokens)
+    chip = point.chip if point.chip is not None and point.chip.measured else None
+    plain_read = chip.read_us(load.bytes) if read is None and chip else read
+    reduction = None if plain_read is None else reduction_us(load, plain_read)
+    modelled = chip is not None and chip.has_floor(load) and load.granularity == GROUP
+    others = peers.at(point.chip, point.preset, point.routing, load.tokens)
     if point.regime != "flush":
         others = dict.fromkeys(others)  # they were measured flushed
-    fused = [others[name] for name in FUSED if others[name] is not None]
+    fused = [others[name] for name in peers.FUSED if others[name] is not None]
     unfused = None if baseline is None else statistics.median(baseline)
     found = {
         "preset": point.preset,
@@ -114,11 +106,11 @@ def row(
         "us": round(us, 2),
         "us_spread": round(spread(times["fused"]), 2),
         "tflops": round(load.flops / us / 1e6, 1),
-        "tflops_adjusted": _rounded(adjusted_tflops(load, us, reduction), 1),
+        "tflops_adjusted": None if reduction is None else _rounded(adjusted_tflops(load, us, reduction), 1),
         "hbm_gb_s": round(load.bytes / us / 1e3),
         "nvlink_bytes": load.nvlink_bytes,
-        "reduction_us": round(reduction, 2),
-        "share_floor": round(floor_us(load) / us, 3) if modelled else None,
+        "reduction_us": _rounded(reduction, 2),
+        "share_floor": _ratio(chip.floor_us(load), us) if modelled else None,
         "share_read": _ratio(read, us),
         "share_compute": _ratio(sum(gemms), us) if gemms else None,
         "read_us": _rounded(read, 2),

@@ -26,6 +26,7 @@ from megaproof.bench.measure.profiling import write_trace
 from megaproof.bench.measure.rows import Point, Row, row
 from megaproof.bench.measure.timer import REGIMES, WARM_UPS, Call, Timer
 from megaproof.bench.measure.yardsticks import Unfused, Yardsticks, promotions, require_baseline
+from megaproof.bench.model import chips
 from megaproof.kernel.programs import dense, moe, stream
 from megaproof.toolchain.build import EnvironmentMissing, nvrtc_version
 from megaproof.toolchain.launch import Device, require_device
@@ -43,8 +44,9 @@ class Terminated(BaseException):
 
 @dataclass
 class Sweep:
-    """What has been measured so far."""
+    """What has been measured so far, on which chip: None is one that chips.py does not know."""
 
+    chip: chips.Chip | None = None
     points: list[tuple[Row, Window]] = field(default_factory=list)
     """Rows, and when each was measured."""
     gemm: str | None = None
@@ -78,12 +80,8 @@ def measure(
     device = require_device()
     if options.baseline or options.check_output_diff:
         require_baseline()
-    timer, found, card, source = (
-        Timer(options.profiler, options.repeats),
-        Sweep(),
-        Card(),
-        provenance(device, code(options)),
-    )
+    timer, found = Timer(options.profiler, options.repeats), Sweep(chips.of_device(device.name))
+    card, source = Card(), provenance(device, code(options))
 
     def result(complete: bool) -> Result:
         return {
@@ -202,7 +200,8 @@ def _sweep_shape(
             work = layer.route(t, routing)
         for regime in options.regimes if work else ():
             with found.point(f"{name} {REGIMES[regime]}"):
-                measured(Point(preset, routing, regime, work.load, options.clamp, layer.recipe.silu), work)
+                point = Point(preset, routing, regime, work.load, options.clamp, layer.recipe.silu, found.chip)
+                measured(point, work)
             done()
     if trace is not None and work is not None:
         with found.point("--trace"):

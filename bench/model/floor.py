@@ -1,13 +1,14 @@
 """`python -m bench floor`: the time that nothing goes below on a chip, how the kernel's one tile fills it, and the
 symmetric memory that a rank needs. No GPU.
 
-The two terms are those of bench/model/roofline.py: measured for the H200, by model for a chip that was not at hand.
+The two terms are those of bench/model/chips.py: measured for the H200, by model for a chip that was not at hand.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
@@ -16,12 +17,15 @@ import typer
 from megaproof.bench import files
 from megaproof.bench.measure import points
 from megaproof.bench.measure.load import ROUTINGS
-from megaproof.bench.model.roofline import CHIPS, RANKS, Chip, Load
+from megaproof.bench.model.chips import CHIPS, Chip
+from megaproof.bench.model.roofline import RANKS, Load
 from megaproof.kernel.host import sizes
 from megaproof.kernel.host.buffer import BufferSize
 from megaproof.reference.scheduler import gemm2_tile_n
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from megaproof.quant.shapes import Shape
 
 BY_MODEL, MEASURED = "by model, not measured", "rates as measured"
@@ -59,7 +63,7 @@ class Tasks:
         return self.per_sm - self.waves + 1
 
 
-def tasks(counts: list[int], hidden: int, intermediate: int, sms: int) -> Tasks:
+def tasks(counts: Sequence[int], hidden: int, intermediate: int, sms: int) -> Tasks:
     """counts: rows of each local expert."""
     blocks = sum(-(-rows // sizes.BLOCK_M) for rows in counts)
     narrow = gemm2_tile_n(hidden, blocks, sms)
@@ -67,11 +71,12 @@ def tasks(counts: list[int], hidden: int, intermediate: int, sms: int) -> Tasks:
     return Tasks(l1, l2, sms, narrow)
 
 
-def routed(shape: Shape, tokens: int, routing: str, seed: int) -> list[int]:
-    """Rows of each local expert, as the benchmark routes them."""
+@cache
+def routed(shape: Shape, tokens: int, routing: str, seed: int) -> tuple[int, ...]:
+    """Rows of each local expert, as the benchmark routes them. Kept: a page asks for the same again and again."""
     experts = shape.experts_per_rank(RANKS)
     chosen = ROUTINGS[routing](tokens, experts, shape.topk, seed)
-    return torch.bincount(chosen.flatten(), minlength=experts).tolist()
+    return tuple(torch.bincount(chosen.flatten(), minlength=experts).tolist())
 
 
 def row(chip: Chip, shape: Shape, tokens: int, routing: str, seed: int) -> dict[str, Any]:
@@ -141,7 +146,6 @@ def floor_command(
         (name,) = points.known("--chip", [chip], CHIPS)
         shapes = points.shapes(presets, {})
         chosen = points.parse_tokens(tokens)
-        assert chosen is not None
         points.known("--routing", [routing], ROUTINGS)
         files.check_json(json_path)
     except points.UsageError as error:
@@ -149,7 +153,9 @@ def floor_command(
     what = CHIPS[name]
     basis = MEASURED if what.measured else BY_MODEL
     rows = [row(what, shape, t, routing, seed) for shape in shapes.values() for t in chosen]
-    result = {"chip": {"name": name, **asdict(what)}, "basis": basis, "configuration": CONFIGURATION, "rows": rows}
+    published = {"name": name, "sms": what.sms, "tb_s": what.tb_s, "fp8_tflops": what.fp8_tflops}
+    chip_of_result = {**published, "measured": what.measured}
+    result = {"chip": chip_of_result, "basis": basis, "configuration": CONFIGURATION, "rows": rows}
     result["memory"] = [memory(shape) for shape in shapes.values()]
     if json_path == files.STDOUT:
         print(json.dumps(result, indent=1))

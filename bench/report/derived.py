@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from megaproof.bench.measure.points import PEERS
+from megaproof.bench import peers
 from megaproof.bench.measure.rows import Row
-from megaproof.bench.model.roofline import CEILING_TFLOPS
+from megaproof.bench.model.chips import Chip
 from megaproof.quant.shapes import SHAPES
 
 VALLEY_FROM = 512
@@ -16,20 +16,20 @@ REFERENCES = {
     "share_plain_128": ("tflops_128", "plain_128"),
     "share_plain_64": ("tflops_64", "plain_64"),
 }
-"""Share of a dense row -> our rate, and whose it is over: a key of `dense` in peers_h200.json."""
+"""Share of a dense row -> our rate, and whose it is over: a key of `dense` in bench/peers."""
 
 
-def points(rows: Iterable[Row]) -> list[Row]:
+def points(rows: Iterable[Row], chip: Chip | None) -> list[Row]:
     """Rows by T within a preset, each with three columns more; None where there is nothing to compare with.
 
     share_before: TFLOP/s over the best at a smaller T of at least VALLEY_FROM. share_ceiling: TFLOP/s over the ceiling
-    of the shape (roofline.py). ratio_grouped: our time over that of the two grouped GEMMs alone.
+    of the shape (chips.py). ratio_grouped: our time over that of the two grouped GEMMs alone.
     """
     best: dict[str, float] = {}
     found = []
     for row in rows:
         before, shape = best.get(row["preset"]), SHAPES.get(row["preset"])
-        ceiling = CEILING_TFLOPS.get((shape.hidden, shape.intermediate)) if shape else None
+        ceiling = chip.ceiling_tflops.get((shape.hidden, shape.intermediate)) if chip and shape else None
         columns = {
             "share_before": _over(row["tflops"], before),
             "share_ceiling": _over(row["tflops"], ceiling),
@@ -41,7 +41,7 @@ def points(rows: Iterable[Row]) -> list[Row]:
     return found
 
 
-def dense(rows: Iterable[Row]) -> list[Row]:
+def dense(rows: Iterable[Row], chip: Chip | None) -> list[Row]:
     """The rows of dense.json, one a size: tflops_128, tflops_64, cublaslt_tflops and our rate over others'."""
     sizes: dict[str, Row] = {}
     for row in rows:
@@ -51,7 +51,7 @@ def dense(rows: Iterable[Row]) -> list[Row]:
     for size, own in sizes.items():
         own["share_cublaslt"] = _over(own.get("tflops_128"), own["cublaslt_tflops"])
         for column, (rate, name) in REFERENCES.items():
-            own[column] = _over(own.get(rate), PEERS["dense"]["tflops"][name].get(size))
+            own[column] = _over(own.get(rate), peers.of(chip)["dense"]["tflops"].get(name, {}).get(size))
     return list(sizes.values())
 
 

@@ -1,4 +1,4 @@
-"""`python -m bench report`: docs/results.md, written from bench/results/h200/*.json and never by hand."""
+"""`python -m bench report`: docs/results.md, written from bench/results/<chip>/*.json and never by hand."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ import typer
 
 from megaproof import HOME
 from megaproof.bench.report import plot
-from megaproof.bench.report.results import ReportError, Results, chosen, read
-from megaproof.bench.report.sections import PICTURE, render
+from megaproof.bench.report.results import ReportError, Results, chosen, read_all
+from megaproof.bench.report.sections import PICTURE, render_all
 from megaproof.toolchain import files
 from megaproof.toolchain.build import EnvironmentMissing
 
-PAGE, RESULTS = HOME / "docs" / "results.md", HOME / "bench" / "results" / "h200"
+PAGE, RESULTS = HOME / "docs" / "results.md", HOME / "bench" / "results"
+SOURCE = "bench/results/*/*.json"
 START, END = "<!-- results -->", "<!-- /results -->"
 
 
@@ -41,8 +42,8 @@ def stamp(results: Results) -> str:
 
 
 def drawn(results: Results, picture: Path) -> bool:
-    """Whether the picture is of these results; without results none is needed."""
-    return not results or (picture.is_file() and picture.read_text().endswith(stamp(results)))
+    """Whether the picture is of these results."""
+    return picture.is_file() and picture.read_text().endswith(stamp(results))
 
 
 def draw(results: Results, picture: Path) -> None:
@@ -58,26 +59,25 @@ def report_command(
         bool, typer.Option("--check", help="Writes nothing; status 1 if the page or its picture is stale.")
     ] = False,
 ) -> None:
-    """Writes docs/results.md, and its picture if it is stale, from bench/results/h200/*.json; needs no GPU.
+    """Writes docs/results.md, and each picture that is stale, from bench/results/<chip>/*.json; needs no GPU.
 
     Exit status: 0 done, 1 stale (--check), a file or marker missing or damaged, 2 usage, 3 environment: no matplotlib
     for a picture that has to be drawn, and nothing is written.
     """
-    picture = RESULTS / PICTURE
     try:
         if not PAGE.is_file():
             raise ReportError("docs/results.md is missing")
-        results = read(RESULTS)
+        found = read_all(RESULTS)
         before, between, after = section(PAGE.read_text())
-        text = render(results)
+        text = render_all(found)
         stale = [] if between == text else ["docs/results.md"]
-        stale += [] if drawn(results, picture) else [f"bench/results/h200/{PICTURE}"]
+        pictures = {chip: RESULTS / chip.folder / PICTURE for chip in found}
+        undrawn = [chip for chip in found if not drawn(found[chip], pictures[chip])]
+        stale += [f"bench/results/{chip.folder}/{PICTURE}" for chip in undrawn]
         if check and stale:
-            raise ReportError(
-                f"not of bench/results/h200/*.json: {', '.join(stale)}; python -m bench report renews them"
-            )
-        if not drawn(results, picture):
-            draw(results, picture)
+            raise ReportError(f"not of {SOURCE}: {', '.join(stale)}; python -m bench report renews them")
+        for chip in undrawn:
+            draw(found[chip], pictures[chip])
         if between != text:
             files.replace(PAGE, (before + text + after).encode())
     except ReportError as error:
@@ -86,6 +86,4 @@ def report_command(
     except EnvironmentMissing as error:
         print(f"environment: {error}", file=sys.stderr)
         raise typer.Exit(3) from error
-    print(
-        f"written: {', '.join(stale)}" if stale else "docs/results.md and its picture are of bench/results/h200/*.json"
-    )
+    print(f"written: {', '.join(stale)}" if stale else f"docs/results.md and its pictures are of {SOURCE}")

@@ -6,8 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from megaproof.bench.measure.points import PEERS, UsageError
-from megaproof.bench.measure.rows import FUSED, Row
+from megaproof.bench import peers
+from megaproof.bench.measure.points import UsageError
+from megaproof.bench.measure.rows import Row
 from megaproof.toolchain.build import EnvironmentMissing
 
 SUFFIXES = (".png", ".svg")
@@ -34,7 +35,7 @@ def lines(rows: Iterable[Row], preset: str) -> tuple[dict[str, Line], dict[str, 
         label, tokens = f"fused, {row['routing']}, {row.get('regime', 'l2 flushed')}", row["T"]
         columns = {label: row["us"]}
         if row["routing"] == "folded":
-            columns |= {name: row.get(name) for name in PEERS["source"]}
+            columns |= {name: row.get(name) for name in peers.NAMES}
             columns["unfused baseline"] = row.get("baseline_us")
         for name, value in columns.items():
             if value is not None:
@@ -45,7 +46,7 @@ def lines(rows: Iterable[Row], preset: str) -> tuple[dict[str, Line], dict[str, 
         found = {label: floor, f"{label}, measured": measured}
         if floor is not None and row["routing"] == "folded":
             # A whole layer has a share of its floor; the GEMMs alone have none.
-            found |= {name: floor * row["us"] / row[name] for name in FUSED if row.get(name) is not None}
+            found |= {name: floor * row["us"] / row[name] for name in peers.FUSED if row.get(name) is not None}
         for name, value in found.items():
             if value is not None:
                 shares.setdefault(name, []).append((tokens, value))
@@ -67,7 +68,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
             axes[:, column], lines(rows, preset), ("time, us", "share of the floor"), strict=True
         ):
             for name, line in part.items():
-                style = {"linestyle": "--", "marker": "x"} if name in PEERS["source"] else {"marker": "."}
+                style = {"linestyle": "--", "marker": "x"} if name in peers.NAMES else {"marker": "."}
                 axis.plot(*zip(*line, strict=True), label=name, **style)
             axis.set_xscale("log", base=2)
             axis.set_ylabel(title)

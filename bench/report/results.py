@@ -1,4 +1,4 @@
-"""The committed results, bench/results/h200/*.json: what each holds, and what makes one unfit to be quoted."""
+"""The committed results, bench/results/<chip>/*.json: what each holds, and what makes one unfit to be quoted."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 from megaproof.bench.measure.rows import Row
 from megaproof.bench.measure.timer import REGIMES
+from megaproof.bench.model import chips
 from megaproof.bench.report import derived
 from megaproof.kernel.host.sizes import GROUP
 from megaproof.kernel.programs import PINS
@@ -40,6 +41,24 @@ Results = Mapping[str, Mapping[str, Any]]
 
 class ReportError(Exception):
     """A file is missing, damaged, cut short or stale; the message names it."""
+
+
+def read_all(root: Path) -> dict[chips.Chip, dict[str, dict[str, Any]]]:
+    """The results of every chip that has some, in the order of CHIPS. Raises ReportError."""
+    folders = {chip.folder: chip for chip in chips.CHIPS.values()}
+    for path in sorted(root.iterdir()) if root.is_dir() else ():
+        if path.is_dir() and path.name not in folders:
+            raise ReportError(f"{path.name} is no chip of bench/model/chips.py")
+    found = {chip: read(root / name) for name, chip in folders.items() if (root / name).is_dir()}
+    for chip, own in found.items():
+        if own and chip_of(own) is not chip:
+            raise ReportError(f"{chip.folder}/sweep.json has device {own['sweep']['device']!r}: that is no {chip.name}")
+    return {chip: own for chip, own in found.items() if own}
+
+
+def chip_of(results: Results) -> chips.Chip | None:
+    """The chip that these results were measured on."""
+    return chips.of_device(results["sweep"]["device"])
 
 
 def read(folder: Path) -> dict[str, dict[str, Any]]:
@@ -105,4 +124,4 @@ def chosen(results: Results, name: str) -> list[Row]:
     if twice:
         raise ReportError(f"{name}.json has {len(twice)} points twice, the first is {twice[0][0]} T = {twice[0][1]}")
     presets = list(dict.fromkeys(row["preset"] for row in rows))
-    return derived.points(sorted(rows, key=lambda row: (presets.index(row["preset"]), row["T"])))
+    return derived.points(sorted(rows, key=lambda row: (presets.index(row["preset"]), row["T"])), chip_of(results))

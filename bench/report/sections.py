@@ -6,11 +6,12 @@ import textwrap
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from megaproof.bench import peers
 from megaproof.bench.measure.rows import CLOCK, Row
 from megaproof.bench.model import floor
-from megaproof.bench.model.roofline import CHIPS
+from megaproof.bench.model.chips import CHIPS, Chip
 from megaproof.bench.report import derived
-from megaproof.bench.report.results import POINTS, Results, chosen
+from megaproof.bench.report.results import POINTS, ReportError, Results, chip_of, chosen
 from megaproof.bench.report.targets import TARGETS, Verdict, verdict
 from megaproof.quant.shapes import SHAPES
 
@@ -39,25 +40,29 @@ LINES = (
     ("scales per 128, of the grouped GEMMs alone", "granularity_128", "ratio_grouped"),
 )
 """(line of a preset's table, result, column of rows.py or derived.py)."""
-UNMEASURED = "H20 by model, not measured: floor, us"
+UNMEASURED = "{chip} by model, not measured: floor, us"
 NOTHING = "No time of the kernel is quoted here: none was measured with the present sources."
 LEGEND = """\
 Routing is folded unless a line says distinct: top-K of all ranks' experts, modulo this rank's, which touches a few per
 cent fewer experts than K distinct ones. Sustained: back to back, L2 not flushed. Shares are a time over ours, so that 1
 is as fast: of the model's floor; of a plain read of as many bytes (shown up to T = 512) and of our dense GEMMs of M =
-T*K rows, N and K of the layer (from 512), both in turn with the kernel. {yardstick} Of the best: our time over that of
-the faster one of PR 323 and PR 383, below 1 is faster; of the grouped GEMMs alone: over that of DeepGEMM's two grouped
-GEMMs of the layer, scales per 128, without dispatch, activation and combine. Their times, of other runs, and where they
-are from stand in bench/peers/h200.json (PR 383 accumulates in BF16 at most sizes). TFLOP/s count useful work, no
-padding. Blank: not measured. In the JSON clock_mhz is {clock}."""
+T*K rows, N and K of the layer (from 512), both in turn with the kernel. {yardstick}{others} TFLOP/s count useful work,
+no padding. Blank: not measured. In the JSON clock_mhz is {clock}."""
+OF_OTHERS = """\
+ Of the best: our time over that of the faster one of PR 323 and PR 383, below 1 is faster; of the grouped GEMMs alone:
+over that of DeepGEMM's two grouped GEMMs of the layer, scales per 128, without dispatch, activation and combine. Their
+times, of other runs, and where they are from stand in bench/peers/{folder}.json (PR 383 accumulates in BF16 at most
+sizes)."""
 YARDSTICK = "Our dense GEMMs write float32{reach}."
 REACH = " and reach {per_128} of a plain dense kernel's rate per 128, {per_64} per 64 (table of the main loop)"
 BELOW = ": this yardstick itself is below the ceiling, so that a share of 1 is as fast as it is, not as a kernel can be"
 DENSE = """\
 The main loop alone (`python -m bench dense`), TFLOP/s by CUDA events; ours with float32 output, cuBLASLt in turn with
-it, with one scale a tensor and BF16 output. Then our rate over others': DeepGEMM's dense kernel, cuBLASLt, and a plain
-dense kernel with no layer around it; what kernels these are stands in bench/peers/h200.json, and their rates, except
-cuBLASLt's, are of other runs, L2 flushed too."""
+it, with one scale a tensor and BF16 output.{others}"""
+DENSE_OF_OTHERS = """\
+ Then our rate over others': DeepGEMM's dense kernel, cuBLASLt, and a plain dense kernel with no layer around it; what
+kernels these are stands in bench/peers/{folder}.json, and their rates, except cuBLASLt's, are of other runs, L2 flushed
+too."""
 DENSE_COLUMNS = {
     "per 128": "tflops_128",
     "per 64": "tflops_64",
@@ -87,30 +92,38 @@ MISSES = "Targets, at every T that was measured; of a miss what was reached."
 NO_YARDSTICKS = " Distinct routing was run without yardsticks: without the plain read and our dense GEMMs."
 
 
-def render(results: Results) -> str:
-    """The section as Markdown, without its markers."""
-    if not results:
+def render_all(found: Mapping[Chip, Results]) -> str:
+    """The results of every chip as Markdown; with more than one, each below a heading of its own."""
+    if not found:
         return NOTHING
+    heads = {chip: f"## {chip.name}\n\n" if len(found) > 1 else "" for chip in found}
+    return "\n\n".join(heads[chip] + render(results) for chip, results in found.items())
+
+
+def render(results: Results) -> str:
+    """The results of one chip as Markdown."""
+    chip = chip_of(results)
+    if chip is None:
+        raise ReportError(f"{results['sweep']['device']} is no chip of bench/model/chips.py")
     rows = {name: chosen(results, name) for name in POINTS}
-    rows["dense"] = derived.dense(results["dense"]["rows"]) if "dense" in results else []
-    parts = [
-        _paragraph(_provenance(results)),
-        _paragraph(LEGEND.format(yardstick=_yardstick(rows["dense"]), clock=CLOCK)),
-    ]
+    rows["dense"] = derived.dense(results["dense"]["rows"], chip) if "dense" in results else []
+    others = (OF_OTHERS, DENSE_OF_OTHERS) if chip.folder in peers.PEERS else ("", "")
+    of_layers, of_gemms = (text.format(folder=chip.folder) for text in others)
+    legend = LEGEND.format(yardstick=_yardstick(rows["dense"]), others=of_layers, clock=CLOCK)
+    parts = [_paragraph(_provenance(results)), _paragraph(legend)]
     for preset in dict.fromkeys(row["preset"] for row in rows["sweep"]):
         table = _preset(rows, preset)
         folded = f"<details>\n<summary>{preset}</summary>\n\n{table}\n\n</details>"
         parts.append(table if preset in OPEN else folded)
-    parts.append(
-        f"![Time and share of the floor against T, beside the public kernels](../bench/results/h200/{PICTURE})"
-    )
+    picture = f"../bench/results/{chip.folder}/{PICTURE}"
+    parts.append(f"![Time and share of the floor against T, beside the public kernels]({picture})")
     parts += [_paragraph(said)] if (said := _granularity(rows)) else []
     parts += [_paragraph(said)] if (said := _baseline(results, rows["baseline"])) else []
-    parts += [_paragraph(DENSE), _dense(rows["dense"])] if rows["dense"] else []
+    parts += [_paragraph(DENSE.format(others=of_gemms)), _dense(rows["dense"])] if rows["dense"] else []
     if "phases" in results:
         parts += [_paragraph(PHASES), *_phases(results["phases"]["rows"])]
     alone = "--no-yardsticks" in results.get("distinct", {}).get("command", "")
-    return "\n\n".join([*parts, _paragraph(MISSES + NO_YARDSTICKS * alone), _targets(rows)])
+    return "\n\n".join([*parts, _paragraph(MISSES + NO_YARDSTICKS * alone), _targets(rows, chip)])
 
 
 def _provenance(results: Results) -> str:
@@ -145,13 +158,14 @@ def _preset(rows: Mapping[str, list[Row]], preset: str) -> str:
         points = {row["T"]: row[column] for row in own}
         cells = [_cell(column, points.get(tokens)) for tokens in TOKENS]
         lines += [[label, *cells]] if any(cells) else []
-    lines += [[UNMEASURED, *_floors(preset)]] if preset in SHAPES else []
+    modelled = [other for other in CHIPS.values() if not other.measured] if preset in SHAPES else []
+    lines += [[UNMEASURED.format(chip=other.name), *_floors(preset, other)] for other in modelled]
     return _table([f"{preset}, T", *map(str, TOKENS)], lines, "---:")
 
 
-def _floors(preset: str) -> list[str]:
-    """What nothing goes below on an H20, us."""
-    rows = [floor.row(CHIPS["H20"], SHAPES[preset], tokens, "folded", 0) for tokens in TOKENS]
+def _floors(preset: str, chip: Chip) -> list[str]:
+    """What nothing goes below on a chip, us."""
+    rows = [floor.row(chip, SHAPES[preset], tokens, "folded", 0) for tokens in TOKENS]
     return [_cell("us", row["floor_us"]) for row in rows]
 
 
@@ -207,8 +221,9 @@ def _phase(roles: Mapping[str, Mapping[str, Any]], name: str) -> float | None:
     return next((roles[role][name]["mean"] for role in KEEPERS if name in roles[role]), None)
 
 
-def _targets(rows: Mapping[str, list[Row]]) -> str:
-    lines = [_target(target.text, verdict(target, rows)) for target in TARGETS]
+def _targets(rows: Mapping[str, list[Row]], chip: Chip) -> str:
+    own = [target for target in TARGETS if target.chip in (None, chip.name)]
+    lines = [_target(target.text, verdict(target, rows, chip)) for target in own]
     return _table(["target", "met at", "missed at", "not measured at"], lines, "---")
 
 

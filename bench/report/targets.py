@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from megaproof.bench.measure.points import PEERS
-from megaproof.bench.measure.rows import FUSED, Row, peer_table
+from megaproof.bench import peers
+from megaproof.bench.measure.rows import Row
+from megaproof.bench.model.chips import H200, Chip
 from megaproof.bench.report import derived
 from megaproof.bench.report.results import POINTS
 
@@ -31,6 +32,8 @@ class Target:
     """Of these alone; empty: of all."""
     alternative: tuple[str, float] | None = None
     """(column, least): a row that has this much meets the target too."""
+    chip: str | None = None
+    """The name of the chip whose results are judged by it; None: those of any."""
 
     def speaks_of(self, preset: str, tokens: int) -> bool:
         return self.first <= tokens <= self.last and (not self.presets or preset in self.presets)
@@ -54,12 +57,13 @@ class Target:
         """What the row has: of two columns both."""
         return " or ".join(_figure(column, row.get(column)) for column in self._columns())
 
-    def wanted(self, rows: Mapping[str, list[Row]]) -> list[Place]:
+    def wanted(self, rows: Mapping[str, list[Row]], chip: Chip | None) -> list[Place]:
         """Where it can be judged: where there is somebody's figure to compare with, or where the sweep has one."""
         if self.result == "dense":
-            return [(size, None) for size in PEERS["dense"]["tflops"][derived.REFERENCES[self.column][1]]]
+            rates = peers.of(chip)["dense"]["tflops"]
+            return [(size, None) for size in rates.get(derived.REFERENCES[self.column][1], {})]
         if self.column in OTHERS:
-            table = peer_table(POINTS[self.result][0])
+            table = peers.table(chip, POINTS[self.result][0])
             places = [
                 (preset, int(tokens))
                 for preset, columns in table.items()
@@ -82,12 +86,12 @@ class Verdict:
     unmeasured: str
 
 
-OTHERS = {"ratio_best": FUSED, "ratio_grouped": ("grouped_gemms",)}
-"""A ratio to times of others -> theirs, in peers_h200.json: it can be had where they were measured."""
+OTHERS = {"ratio_best": peers.FUSED, "ratio_grouped": ("grouped_gemms",)}
+"""A ratio to times of others -> theirs, in bench/peers: it can be had where they were measured."""
 FASTER = round(1 / 1.3, 3)
 """1.3 times as fast."""
 STRETCH_US = {"dsv4_flash": 2200, "dsv4_pro": 5300}
-"""What is aimed at beyond the targets, at T = 8192."""
+"""What is aimed at beyond the targets on an H200, at T = 8192."""
 
 
 def _of_both_routings(text: str, column: str, **limits: float) -> tuple[Target, Target]:
@@ -115,15 +119,23 @@ TARGETS = (
         result="granularity_128",
     ),
     *(
-        Target(f"stretch, {preset}, T = 8192: at most {us:,} us", "us", first=8192, most=us, presets=(preset,))
+        Target(
+            f"stretch, {preset}, T = 8192: at most {us:,} us",
+            "us",
+            first=8192,
+            most=us,
+            presets=(preset,),
+            chip=H200.name,
+        )
         for preset, us in STRETCH_US.items()
     ),
     Target(
-        "stretch, of the flushed ceiling (bench/model/roofline.py), T = 8192: at least 0.88",
+        "stretch, of the flushed ceiling (bench/model/chips.py), T = 8192: at least 0.88",
         "share_ceiling",
         first=8192,
         least=0.88,
         presets=tuple(STRETCH_US),
+        chip=H200.name,
     ),
     *_of_both_routings("of the plain read, T = 8 to 128: at least 0.92", "share_read", first=8, last=128, least=0.92),
     *_of_both_routings("of the plain read, T = 1: at least 0.70", "share_read", last=1, least=0.7),
@@ -143,13 +155,14 @@ TARGETS = (
 )
 
 
-def verdict(target: Target, rows: Mapping[str, list[Row]]) -> Verdict:
-    """rows: by name of the result, with what derived.py adds; a result that is missing was not measured."""
+def verdict(target: Target, rows: Mapping[str, list[Row]], chip: Chip | None) -> Verdict:
+    """rows: by name of the result, with what derived.py adds; a result that is missing was not measured. chip: theirs,
+    whose peers they are put beside."""
     measured = target.measured(rows.get(target.result, []))
     misses = {_place(row): target.value(row) for row in measured if not target.met(row)}
     have = {_place(row) for row in measured}
     partly = {name for name, _ in have}
-    lacking = [(name, tokens) for name, tokens in target.wanted(rows) if (name, tokens) not in have]
+    lacking = [(name, tokens) for name, tokens in target.wanted(rows, chip) if (name, tokens) not in have]
     unmeasured = {(name, tokens if name in partly else None): "" for name, tokens in lacking}
     return Verdict(len(measured) - len(misses), len(measured), _said(misses), _said(unmeasured))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,16 @@ from hypothesis import strategies as st
 from megaproof.bench import command
 from megaproof.bench.measure.points import UsageError
 from megaproof.bench.report import compare, plot
-from megaproof.tests.bench.test_points import invoke
+from megaproof.tests.support import command_line
 from megaproof.toolchain.build import EnvironmentMissing
 
 POINT = {"preset": "dsv4_flash", "T": 8, "routing": "folded"}
 """As results were before they had regimes."""
 FLUSHED = POINT | {"regime": "l2 flushed", "clamp": 10.0, "silu": "fast", "granularity": 64}
 SHOWN = FLUSHED | {"us": 104.0, "share_floor": 0.8, "share_read": 0.7, "share_compute": 0.2, "pr323": 178.6}
+
+
+invoke = partial(command_line.bench, "sweep")
 
 
 def result(path: Path, *rows: dict[str, Any]) -> str:

@@ -3,47 +3,20 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 
 from megaproof import HOME
-from megaproof.bench import __main__ as cli
-from megaproof.bench.measure.points import PEERS
-from megaproof.bench.model import floor, roofline
-from megaproof.bench.model.roofline import CEILING_TFLOPS, CHIPS, READ_GB_S, Load
+from megaproof.bench.measure.points import PRESETS
+from megaproof.bench.model import floor
+from megaproof.bench.model.roofline import Load
 from megaproof.kernel.host.buffer import BufferSize
 from megaproof.quant.shapes import SHAPES
 from megaproof.reference import scheduler
 from megaproof.tests.support import command_line
 
-PRESETS = list(PEERS["shapes"])
-FLASH = Load(4096, 2048, 8, 48, 25)
-
-
-def invoke(*arguments: str) -> tuple[int, str]:
-    """(exit status, all output) of `python -m bench floor`."""
-    return command_line.invoke(cli.app, "floor", *arguments)
-
-
-@pytest.mark.parametrize("size", [10**6, 15 * 10**7, 10**9, 5 * 10**9])
-def test_the_h200_is_the_measured_curve(size: int) -> None:
-    assert CHIPS["H200"].read_us(size) == roofline.read_us(size)
-    assert CHIPS["H200"].multiply_us(FLASH) == roofline.multiply_us(FLASH)
-
-
-def test_h20_by_hand() -> None:
-    """4.0 TB/s x 4535/4800 and a start; 296 TFLOP/s x 1275/1979."""
-    assert CHIPS["H20"].read_us(10**9) == pytest.approx(10 + 1e9 / (4000e9 * 4535 / 4800) * 1e6)
-    assert CHIPS["H20"].multiply_us(FLASH) == pytest.approx(FLASH.flops / (296e12 * 1275 / 1979) * 1e6)
-    assert not CHIPS["H20"].measured
-
-
-def test_the_model_of_the_h200_is_near_its_curve() -> None:
-    """So much may the model of another chip be wrong where only the published rates differ."""
-    h200 = roofline.Chip(132, CHIPS["H200"].tb_s, CHIPS["H200"].fp8_tflops, False)
-    for gb, _ in READ_GB_S:
-        assert h200.read_us(int(gb * 1e9)) == pytest.approx(roofline.read_us(int(gb * 1e9)), rel=0.08)
-    assert h200.multiply_us(FLASH) == pytest.approx(roofline.multiply_us(FLASH))
+invoke = partial(command_line.bench, "floor")
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -70,11 +43,6 @@ def test_waves(l1: int, l2: int, waves: int, last: float) -> None:
 def test_registers_are_those_of_the_source() -> None:
     source = (HOME / "kernel" / "registers.cuh").read_text()
     assert f"kMath = {floor.REGISTERS['math']}, kOthers = {floor.REGISTERS['producer']};" in source
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-def test_every_preset_has_a_ceiling(preset: str) -> None:
-    assert (SHAPES[preset].hidden, SHAPES[preset].intermediate) in CEILING_TFLOPS
 
 
 def test_the_command_prints_a_table() -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from megaproof.bench import __main__ as cli
 from megaproof.bench.measure import main_loop
 from megaproof.bench.measure.timer import WARM_UPS, Timer
 from megaproof.kernel.programs import dense
@@ -19,9 +19,7 @@ from megaproof.toolchain.build import EnvironmentMissing
 FIELDS = ["group", "m", "n", "k", "us", "tflops", "cublaslt_us", "cublaslt_tflops"]
 
 
-def invoke(*arguments: str) -> tuple[int, str]:
-    """(exit status, all output) of `python -m bench dense`."""
-    return command_line.invoke(cli.app, "dense", *arguments)
+invoke = partial(command_line.bench, "dense")
 
 
 def test_a_row_by_hand() -> None:

@@ -8,12 +8,12 @@ import re
 import subprocess
 import tempfile
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 from megaproof import HOME
-from megaproof.bench import __main__ as cli
 from megaproof.bench.measure import phases
 from megaproof.kernel import api
 from megaproof.kernel.host.sizes import GRANULARITIES
@@ -27,9 +27,7 @@ from megaproof.toolchain.errors import BuildError, EnvironmentMissing
 BLOCKS = 2
 
 
-def invoke(*arguments: str) -> tuple[int, str]:
-    """(exit status, all output) of `python -m bench phases`."""
-    return command_line.invoke(cli.app, "phases", *arguments)
+invoke = partial(command_line.bench, "phases")
 
 
 def clock_reads(cubin: bytes) -> int:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import shlex
+from functools import partial
 from itertools import pairwise
 
 import pytest
-import typer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megaproof.bench import command
+from megaproof.bench import command, peers
 from megaproof.bench.measure import points, profiling, sweep
-from megaproof.bench.measure.points import PEERS, Options, UsageError
+from megaproof.bench.measure.points import Options, UsageError
 from megaproof.bench.model.roofline import RANKS
 from megaproof.kernel.host import sizes
 from megaproof.quant.shapes import SHAPES, Shape
@@ -21,20 +21,14 @@ from megaproof.toolchain.build import EnvironmentMissing
 
 FLASH = {"dsv4_flash": SHAPES["dsv4_flash"]}
 CUSTOM = ("--hidden", "512", "--intermediate", "256", "--experts", "16", "--topk", "4")
-APP = typer.Typer()
-APP.command("sweep")(command.sweep_command)
-
-
-def invoke(*arguments: str) -> tuple[int, str]:
-    """(exit status, all output); wide and without colour, so that an option's name is in one piece."""
-    return command_line.invoke(APP, *arguments)
+invoke = partial(command_line.bench, "sweep")
 
 
 def test_defaults_are_powers_of_two_and_the_peers() -> None:
-    for name in PEERS["shapes"]:
+    for name in points.PRESETS:
         tokens = points.default_tokens(name, SHAPES[name])
         assert {1 << n for n in range(14)} <= set(tokens)
-        assert {int(t) for t in PEERS["us"][name]["pr323"]} <= set(tokens)
+        assert {int(t) for t in peers.PEERS["h200"]["us"][name]["pr323"]} <= set(tokens)
         assert tokens == sorted(set(tokens))
     assert 648 in points.default_tokens("dsv4_pro", SHAPES["dsv4_pro"])
 
@@ -45,7 +39,7 @@ def test_both_sides_of_a_threshold(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {597, 598} <= set(points.default_tokens("dsv4_flash", SHAPES["dsv4_flash"]))
 
 
-@pytest.mark.parametrize("preset", PEERS["shapes"])
+@pytest.mark.parametrize("preset", points.PRESETS)
 def test_both_sides_of_every_change_of_the_schedule(preset: str) -> None:
     """Every T while blocks are few, then some: where two differ, a change that is measured stands between them."""
     shape, tokens = SHAPES[preset], set(points.default_tokens(preset, SHAPES[preset]))
@@ -89,7 +83,7 @@ def test_regimes() -> None:
 
 def test_all_four_presets_by_default() -> None:
     chosen = points.shapes(None, dict.fromkeys(points.SIZES))
-    assert list(chosen) == list(PEERS["shapes"]) == ["dsv4_flash", "dsv4_pro", "mimo_pro", "glm"]
+    assert list(chosen) == list(points.PRESETS) == ["dsv4_flash", "dsv4_pro", "mimo_pro", "glm"]
 
 
 def test_a_shape_of_ones_own() -> None:

@@ -6,6 +6,7 @@ import json
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,11 +27,12 @@ from megaproof.kernel.host.symm_buffer import SymmBuffer
 from megaproof.kernel.programs import PINS, dense, stream
 from megaproof.quant.recipe import Recipe
 from megaproof.quant.shapes import Shape
-from megaproof.tests.bench.test_points import invoke
+from megaproof.tests.support import command_line
 from megaproof.toolchain.build import EnvironmentMissing
 
 SHAPE = Shape("h512-i256-e4-k2", 512, 256, 4 * RANKS, 2)
 Log = list[tuple[Any, ...]]
+invoke = partial(command_line.bench, "sweep")
 
 
 class OnCpu(TorchFunctionMode):
@@ -189,6 +191,11 @@ RUN = (*SMALL, "--routing", "folded")
 Turn = Callable[[int], None]
 
 
+def zeros(experts: int, rows: int, columns: int, generator: torch.Generator) -> load.Quantised:
+    codes = torch.zeros(experts, rows, columns, dtype=torch.float8_e4m3fn)
+    return codes, torch.ones(experts, rows // 128, columns // 128)
+
+
 @pytest.fixture
 def turn(log: Log, monkeypatch: pytest.MonkeyPatch) -> Callable[[Turn], None]:
     """Makes `bench` run on the fakes; what it is given is called in the n-th turn of the clock, from 1."""
@@ -206,6 +213,8 @@ def turn(log: Log, monkeypatch: pytest.MonkeyPatch) -> Callable[[Turn], None]:
 
     monkeypatch.setattr(sweep, "require_device", lambda: SimpleNamespace(name="fake", driver="0"))
     monkeypatch.setattr(sweep, "sampled", lambda device: nullcontext(Card()))
+    monkeypatch.setattr(sweep, "code", lambda options: {})
+    monkeypatch.setattr(load, "random_weights", zeros)  # what a run leaves behind does not depend on them
     return use
 
 

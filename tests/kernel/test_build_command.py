@@ -10,7 +10,7 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from megaproof.bench.model.roofline import CHIPS
+from megaproof.bench.model.chips import CHIPS
 from megaproof.kernel import __main__ as cli
 from megaproof.kernel.host.sizes import shared_bytes
 from megaproof.kernel.programs import PROGRAMS, probe

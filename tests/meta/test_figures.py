@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from megaproof.bench.measure.points import PEERS
+from megaproof.bench.measure.points import PRESETS
 from megaproof.bench.model import floor
 from megaproof.cases.cases import CASES
 from megaproof.golden import silicon, store
@@ -29,7 +29,11 @@ FLASH = [case for case in CASES if case.shape.name == "dsv4_flash" and case.rank
 def test_counts_of_cases() -> None:
     on_cpu = sum(case.tier == "cpu" for case in FLASH)
     assert f"all {len(FLASH)} dsv4_flash cases at 8 ranks" in TEXT
-    listed = python(ROOT, "-m", "pytest", "--collect-only", "-q", "-k", "dsv4_flash", "--ranks", "8").stdout
+    with_cases = [
+        str(path) for path in ROOT.glob("tests/**/test_*.py") if re.search(r"\bcase: |\bgate\b", path.read_text())
+    ]
+    options = ("-m", "pytest", "--collect-only", "-q", "-k", "dsv4_flash", "--ranks", "8")
+    listed = python(ROOT, *options, *with_cases).stdout
     (line,) = re.findall(r"^megaproof: \d+ cases, .*$", listed, re.MULTILINE)
     assert line in SHOWN, "what the header of the gate says"
     assert f" {on_cpu} of tier cpu" in line
@@ -68,7 +72,7 @@ def test_configurations(target: str, granularity: int) -> None:
 
 
 def test_symmetric_memory() -> None:
-    rows = [floor.memory(shape) for name, shape in SHAPES.items() if name in PEERS["shapes"]]
+    rows = [floor.memory(SHAPES[name]) for name in PRESETS]
     for row in rows:
         assert re.search(rf"{row['preset']}\s+{row['bytes'] / 2**20:,.0f} MiB", TEXT), row
     times = min(row["whole_pool_bytes"] / row["bytes"] for row in rows)

@@ -15,6 +15,13 @@ def invoke(app: typer.Typer, *arguments: str) -> tuple[int, str]:
     return result.exit_code, result.output
 
 
+def bench(command: str, *arguments: str) -> tuple[int, str]:
+    """(exit status, all output) of `python -m bench command ...`."""
+    from megaproof.bench.__main__ import app
+
+    return invoke(app, command, *arguments)
+
+
 def assert_usage(status_and_text: tuple[int, str], message: str) -> None:
     """The command ended as usage errors do, and said this."""
     status, text = status_and_text

@@ -190,7 +190,7 @@ def test_no_result_is_stale_for_a_word(act: Callable[[Path], None], copied: Prog
     act(tmp_path)
     assert act is new_file or copied.text() != before
     assert copied.compile().code() == PINS.code()["stream"]
-    results.read(page.RESULTS)
+    results.read_all(page.RESULTS)
 
 
 def test_a_changed_instruction_of_a_program_is_seen(copied: Program) -> None:
