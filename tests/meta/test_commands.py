@@ -79,9 +79,15 @@ def _pytest(words: list[str], parser: pytest.Parser) -> str | None:
             value = words.pop(0) if takes and words else None
             if name == "-k" and value and not _selects(value):
                 return f"-k {value} selects no case and no test"
-        elif not (ROOT / word.split("::")[0]).exists():
+        elif not (ROOT / _file(word)).exists():
             return f"{word} does not exist"
     return None
+
+
+def _file(word: str) -> str:
+    """What a word of pytest's names: a file or folder, or (with --pyargs) a module of ours."""
+    module = word.removeprefix("megaproof.")
+    return f"{module.replace('.', '/')}.py" if module != word else word.split("::")[0]
 
 
 def _selects(expression: str) -> bool:
@@ -94,10 +100,11 @@ def _selects(expression: str) -> bool:
 
 
 def _module(module: str, arguments: list[str]) -> str | None:
-    path = ROOT / module.replace(".", "/")
+    ours = module.removeprefix("megaproof.")
+    path = ROOT / ours.replace(".", "/")
     if not (path.with_suffix(".py").is_file() or (path / "__main__.py").is_file()):
         return f"there is no module {module}"
-    found = importlib.import_module(f"{module}.__main__" if path.is_dir() else module)
+    found = importlib.import_module(f"megaproof.{ours}.__main__" if path.is_dir() else f"megaproof.{ours}")
     app = getattr(found, "app", None)
     source = Path(str(found.__file__)).read_text(encoding="utf-8")
     if app is None:
