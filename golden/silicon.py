@@ -1,7 +1,8 @@
 """What was measured on chips: special-function tables, tensor-core vectors and sweeps, by chip, read and verified.
 
 golden/silicon/manifest.json holds `chips`: chip -> device, versions, date, tables, vectors, sweeps, wgmma. Data files
-carry a part of their sha256 in their name, and chips with the same bits share them.
+carry a part of their sha256 in their name, and chips with the same bits share them. The files of the tables lie in
+quant/chips, where the atoms read them, with a list of their own; `verify` holds it to the manifest.
 """
 
 from __future__ import annotations
@@ -42,6 +43,11 @@ class Vector:
     c: Tensor
     scale_d: bool
     bits: Tensor
+
+
+def tables_folder(folder: Path) -> Path:
+    """Where the tables of the captures in `folder` are: in quant/chips; those of captures elsewhere lie beside them."""
+    return tables.FOLDER if folder == FOLDER else folder
 
 
 def manifest(folder: Path = FOLDER) -> dict[str, Any]:
@@ -97,11 +103,14 @@ def vectors(chip: str, folder: Path = FOLDER, device: torch.device | str = "cpu"
 def verify(chip: str, folder: Path = FOLDER) -> dict[str, int]:
     """Checks every file and figure of a capture; counts what was checked. Raises SiliconError at the first fault."""
     section = entry(chip, folder)
+    listed = tables.chips(tables_folder(folder)).get(chip, {})
     for name in tables.NAMES:
         table = section["tables"][name]
-        blob = _read(folder / table["file"], table["file_sha256"])[name].numpy()
+        if listed.get(name) != _listed(table):
+            raise SiliconError(f"table {name} of {chip}: quant/chips/tables.json and the manifest name different bits")
+        blob = _read(tables_folder(folder) / table["file"], table["file_sha256"])[name].numpy()
         if tables.digest(tables.decode_table(name, blob)) != table["sha256"]:
-            raise SiliconError(f"golden/silicon/{table['file']}: table {name} of {chip} decodes to another sha256")
+            raise SiliconError(f"quant/chips/{table['file']}: table {name} of {chip} decodes to another sha256")
     outputs = sum(vector.bits.numel() for vector in vectors(chip, folder))
     for name, sweep in section["sweeps"].items():
         if sweep["mismatches"] != 0 or sweep["outputs"] != ALL_INPUTS:
@@ -116,7 +125,8 @@ def verify(chip: str, folder: Path = FOLDER) -> dict[str, int]:
 
 
 def publish(out_dir: Path, chip: str, section: dict[str, Any], files: dict[str, bytes]) -> None:
-    """Stores a section: data files first, under names that hold their sha256, then the manifest, then old files go.
+    """Stores a section: data files first, under names that hold their sha256, then the list of tables and the
+    manifest, then old files go.
 
     Each file is written beside and renamed: a reader sees the old capture or the new one, whole.
     """
@@ -124,13 +134,21 @@ def publish(out_dir: Path, chip: str, section: dict[str, Any], files: dict[str, 
     content["chips"][chip] = section
     content["chips"] = dict(sorted(content["chips"].items()))
     out_dir.mkdir(parents=True, exist_ok=True)
+    tables_dir, of_tables = tables_folder(out_dir), {table["file"] for table in section["tables"].values()}
     for name, data in files.items():
-        replace(out_dir / name, data)
+        replace((tables_dir if name in of_tables else out_dir) / name, data)
+    listed = {c: {name: _listed(t) for name, t in s["tables"].items()} for c, s in content["chips"].items()}
+    replace(tables_dir / "tables.json", (json.dumps(listed, indent=1) + "\n").encode())
     replace(out_dir / "manifest.json", (json.dumps(content, indent=1) + "\n").encode())
     named = {part["file"] for s in content["chips"].values() for part in (*s["tables"].values(), s["vectors"])}
-    for path in out_dir.glob("*.safetensors"):
+    for path in (*out_dir.glob("*.safetensors"), *tables_dir.glob("*.safetensors")):
         if path.name not in named:
-            path.unlink()
+            path.unlink(missing_ok=True)
+
+
+def _listed(table: dict[str, str]) -> dict[str, str]:
+    """What tables.json says of a table of the manifest."""
+    return {"file": table["file"], "sha256": table["sha256"]}
 
 
 def pack(files: dict[str, bytes], name: str, tensors: dict[str, Tensor]) -> dict[str, str]:
@@ -186,7 +204,7 @@ def file_digest(path: Path) -> str:
 
 def _read(path: Path, sha256: str) -> dict[str, Tensor]:
     if not path.is_file():
-        raise SiliconError(f"golden/silicon/{path.name} is missing, but the manifest names it: restore it from git")
+        raise SiliconError(f"{path.parent.name}/{path.name} is missing, but the manifest names it: restore it from git")
     if file_digest(path) != sha256:
-        raise SiliconError(f"golden/silicon/{path.name} is damaged: its sha256 is not the manifest's")
+        raise SiliconError(f"{path.parent.name}/{path.name} is damaged: its sha256 is not the manifest's")
     return load_file(path)

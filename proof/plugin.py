@@ -12,7 +12,6 @@ import argparse
 import dataclasses
 import functools
 import importlib.util
-import json
 import os
 import platform
 import re
@@ -393,10 +392,9 @@ def _arithmetic() -> str:
 
 
 def _silicon() -> str:
-    from megaproof.quant.tables import DEFAULT_CHIP, SILICON
+    from megaproof.quant.tables import DEFAULT_CHIP, chips
 
-    manifest = SILICON / "manifest.json"
-    measured = json.loads(manifest.read_text())["chips"] if manifest.is_file() else {}
+    measured = chips()
     chip = DEFAULT_CHIP
     if not _no_gpu():
         from megaproof.toolchain.launch import require_device

@@ -2,7 +2,8 @@
 
 `rcp.approx` over [1, 2) and `ex2.approx` over [0, 1) take 2^23 inputs each. The chip is within one unit in the last
 place of the correctly rounded value, so a table is stored as the positions where it differs, and rebuilt on a base made
-by integer arithmetic alone: no libm can change a bit. `golden/silicon/manifest.json` pins the sha256 of each table.
+by integer arithmetic alone: no libm can change a bit. `quant/chips/tables.json` names the file of each chip's tables,
+which chips with the same bits share, and pins the sha256 of each table; `python -m golden capture` writes both.
 """
 
 from __future__ import annotations
@@ -12,18 +13,18 @@ import hashlib
 import json
 import lzma
 import math
+from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.numpy import load_file
 from torch import Tensor
 
-from megaproof import HOME
-
 SIZE = 1 << 23
 NAMES = ("rcp", "ex2")
 DEFAULT_CHIP = "H200"
-SILICON = HOME / "golden" / "silicon"
+FOLDER = Path(__file__).resolve().parent / "chips"
+"""tables.json, and the data files that it names."""
 
 
 class TableError(RuntimeError):
@@ -97,23 +98,28 @@ def digest(bits: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(bits, dtype="<i4").tobytes()).hexdigest()
 
 
+def chips(folder: Path = FOLDER) -> dict[str, dict[str, dict[str, str]]]:
+    """Chip -> table -> {file, sha256 of the decoded table}, of the chips that were measured; {} without the file."""
+    path = folder / "tables.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
 @functools.cache
 def _load(name: str, chip: str) -> np.ndarray:
-    manifest = SILICON / "manifest.json"
-    if not manifest.is_file():
-        raise TableError(f"{manifest.name} of golden/silicon is missing: restore it, or run `python -m golden capture`")
-    chips = json.loads(manifest.read_text())["chips"]
-    if chip not in chips:
-        known = ", ".join(chips) or "none"
+    measured = chips()
+    if not measured:
+        raise TableError("quant/chips/tables.json is missing: restore it, or run `python -m golden capture`")
+    if chip not in measured:
+        known = ", ".join(measured)
         raise TableError(f"chip {chip!r} is unmeasured (measured: {known}); run `python -m golden capture` on it")
-    entry = chips[chip]["tables"][name]
-    path = SILICON / entry["file"]
+    entry = measured[chip][name]
+    path = FOLDER / entry["file"]
     try:
         bits = decode_table(name, load_file(path)[name])
     except Exception as error:
-        raise TableError(f"golden/silicon/{entry['file']}: table {name} of {chip} cannot be read: {error}") from error
+        raise TableError(f"quant/chips/{entry['file']}: table {name} of {chip} cannot be read: {error}") from error
     if digest(bits) != entry["sha256"]:
-        raise TableError(f"golden/silicon/{entry['file']}: table {name} of {chip} is damaged: its sha256 is not pinned")
+        raise TableError(f"quant/chips/{entry['file']}: table {name} of {chip} is damaged: its sha256 is not pinned")
     return bits
 
 

@@ -44,6 +44,7 @@ def test_capture_is_whole(chip: str) -> None:
     widths = {group["n"] for group in section["vectors"]["groups"].values()}
     assert widths == {8, 64, 128, 256}
     assert {name: section["tables"][name]["sha256"] for name in tables.NAMES} == TABLE_SHA256[chip]
+    assert {name: table["sha256"] for name, table in tables.chips()[chip].items()} == TABLE_SHA256[chip]
 
 
 @pytest.mark.parametrize("chip", silicon.chips())
@@ -112,6 +113,23 @@ def test_capture_measures_everything_and_restores_the_tables(measured: tuple[dic
 def test_published_capture_verifies(published: Path) -> None:
     assert silicon.verify("H199", published)["tables"] == 2
     assert {path.suffix for path in published.iterdir()} == {".safetensors", ".json"}, "no temporary file is left"
+
+
+def test_what_the_atoms_read_is_what_was_captured(published: Path) -> None:
+    """The list of tables is a second word on the captured bits; neither can drift alone, nor both from the data."""
+    assert tables.chips().keys() == set(silicon.chips())
+    listed = published / "tables.json"
+    whole = listed.read_text()
+    sha256 = tables.chips(published)["H199"]["ex2"]["sha256"]
+    for other in ("{}", whole.replace(sha256, "0" * 64)):
+        listed.write_text(other)
+        with pytest.raises(silicon.SiliconError, match=r"table \w+ of H199: quant/chips/tables\.json and the manifest"):
+            silicon.verify("H199", published)
+    listed.write_text(whole.replace(sha256, "0" * 64))
+    path = published / "manifest.json"
+    path.write_text(path.read_text().replace(sha256, "0" * 64))
+    with pytest.raises(silicon.SiliconError, match="table ex2 of H199 decodes to another sha256"):
+        silicon.verify("H199", published)
 
 
 def test_chips_with_the_same_bits_share_files(published: Path, measured: tuple[dict, dict[str, bytes], str]) -> None:
