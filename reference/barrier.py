@@ -1,8 +1,8 @@
-"""Waiting for others: the meeting of all blocks of all ranks as a state machine. Predicts kernel/barrier.cuh.
+"""Waiting for others: the barriers of all thread blocks of all ranks, as state machines. Predicts kernel/barrier.cuh.
 
-A block is a generator that pauses before each access to memory that others see; whoever resumes the generators decides
-the interleaving. Memory is sequentially consistent here: the model proves the counting, not the fences, and has no
-time limit.
+A thread block is a generator that pauses before each access to memory that others see; the caller that resumes the
+generators decides the interleaving. Memory is sequentially consistent here, and there is no time limit: the model
+proves the counting, but not the fences.
 """
 
 from __future__ import annotations
@@ -13,41 +13,44 @@ from dataclasses import dataclass
 Steps = Generator[None, None, None]
 U32 = 1 << 32
 FLIP = 1 << 31
-"""The bit of `arrived` that a meeting alone flips."""
+"""The bit of `arrived` that `sync_ctas` flips."""
 
 
 @dataclass
 class Counters:
-    """Of one rank, u32 each: `Workspace` of kernel/params.cuh and the rank counter."""
+    """The barrier counters of one rank, u32 each: `Workspace` of kernel/params.cuh, and the rank counter."""
 
     arrived: int = 0
-    """Blocks of the rank in the meeting under way; between meetings 0 or FLIP, which each one alone changes."""
+    """Thread blocks that have arrived at the barrier under way; between barriers 0 or FLIP, which sync_ctas flips."""
     rank_epoch: int = 0
-    """Meetings that this rank has announced to the others."""
+    """Barriers at which this rank has announced itself to the others."""
     rank_counter: int = 0
-    """Announcements of all ranks, this one included."""
+    """Announcements that came from all ranks, this one included."""
 
 
 def reached(seen: int, expected: int) -> bool:
-    """Whether a u32 counter that only grows has come to `expected`, or past it: a peer may be a meeting ahead."""
+    """Returns whether a u32 counter that only grows has reached `expected`; a peer may be one barrier ahead."""
     return (seen - expected) % U32 < U32 // 2
 
 
-def arrivals(arrived: int, blocks: int) -> int:
-    """How many blocks of a rank have come to the meeting under way, of either kind, by its `arrived`."""
+def num_arrivals(arrived: int, blocks: int) -> int:
+    """Returns how many thread blocks of a rank have arrived at the barrier under way, of either kind, by `arrived`."""
     low = arrived % FLIP
     return low if low <= blocks else low - (FLIP - blocks)
 
 
 def spin(done: Callable[[], bool]) -> Steps:
-    """Reads until done()."""
+    """Reads until done() is true."""
     yield
     while not done():
         yield
 
 
 def sync_ranks(ranks: Sequence[Counters], rank: int, blocks: int, publish: Callable[[], Steps]) -> Steps:
-    """A block of `rank` meets all blocks of all ranks; the last of a rank does `publish`, then speaks for its rank."""
+    """The barrier of all thread blocks of all ranks, as one block of `rank` runs it.
+
+    The block of a rank that arrives last runs `publish`, then announces its rank to the others.
+    """
     own = ranks[rank]
     yield
     expected = len(ranks) * (own.rank_epoch + 1) % U32
@@ -66,7 +69,7 @@ def sync_ranks(ranks: Sequence[Counters], rank: int, blocks: int, publish: Calla
 
 
 def sync_ctas(own: Counters, block: int, blocks: int) -> Steps:
-    """A block of the only rank meets the others, with nothing to publish: all together add FLIP to `arrived`."""
+    """The barrier of all thread blocks of the only rank, as one of them runs it: all together add FLIP to `arrived`."""
     yield
     before = own.arrived
     own.arrived = (before + (FLIP - (blocks - 1) if block == 0 else 1)) % U32

@@ -1,4 +1,7 @@
-"""Eq. (8): each token sums its active slots in fp32, in ascending k, and rounds once."""
+"""Eq. (8): each token sums its active slots in fp32, in ascending k, and rounds once.
+
+Predicts kernel/combine.cuh.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,11 @@ from megaproof.reference.dispatch import Routes
 def combine(
     recipe: Recipe, slots: Tensor, where: Routes, weight: Tensor, tokens: tuple[int, ...], topk: int, arith: ModuleType
 ) -> list[Tensor]:
-    """Eq. (8): y bfloat16 [T_r, H] by rank from slots bfloat16 [n, H]; a token without an active slot gives +0."""
+    """Eq. (8): returns y, bfloat16 [T_r, H] by rank. A token without an active slot gives +0.
+
+    slots: bfloat16 [n, H], the output row of each active slot. weight: float32 [n], the routing weights, which are read
+    if the recipe folds them in here. tokens: T_r by rank.
+    """
     total = torch.zeros(sum(tokens), slots.shape[1], dtype=torch.float32, device=slots.device)
     for k in range(topk):
         active = (where.slot == k).nonzero().squeeze(1)

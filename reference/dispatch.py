@@ -1,4 +1,7 @@
-"""Eq. (1): tokens travel to the ranks of their experts as they are; no arithmetic."""
+"""Eq. (1): tokens travel to the ranks of their experts as they are; there is no arithmetic.
+
+Predicts kernel/dispatch.cuh.
+"""
 
 from __future__ import annotations
 
@@ -18,22 +21,25 @@ class Routes:
     slot: Tensor
     expert: Tensor
     row: Tensor
-    """The token's row when the ranks' tokens stand one after the other."""
+    """The token's row in the concatenation of all ranks' tokens, in rank order."""
 
     def __len__(self) -> int:
         return self.rank.shape[0]
 
     def triples(self) -> Tensor:
-        """int64 [n, 3]: (source rank, token, slot), the canonical order of every stage."""
+        """Returns int64 [n, 3]: (source rank, token, slot) of each row, in the canonical order of every stage."""
         return torch.stack([self.rank, self.token, self.slot], dim=1)
 
     def of_expert(self, e: int) -> Tensor:
-        """Indices of the rows that expert e receives, ascending: int64 [m]."""
+        """Returns int64 [m]: the indices of the rows that expert e receives, ascending."""
         return (self.expert == e).nonzero().squeeze(1)
 
 
 def routes(topk_idx: Sequence[Tensor]) -> Routes:
-    """The active slots: topk_idx int64 [T_r, K] by rank, -1 = masked."""
+    """Returns the active slots of all ranks.
+
+    topk_idx: int64 [T_r, K] by rank, the expert of each slot; a slot with -1 is empty.
+    """
     parts, first = [], 0
     for rank, idx in enumerate(topk_idx):
         token, slot = (idx >= 0).nonzero(as_tuple=True)
@@ -43,5 +49,8 @@ def routes(topk_idx: Sequence[Tensor]) -> Routes:
 
 
 def pull(x: Sequence[Tensor], x_sf: Sequence[Tensor], where: Routes) -> tuple[Tensor, Tensor]:
-    """Eq. (1): the routed rows, (uint8 [n, H], float32 [n, H/128]), copied from their source ranks."""
+    """Eq. (1): returns the routed rows, copied from their source ranks: codes uint8 [n, H], scales float32 [n, H/128].
+
+    x: uint8 [T_r, H] by rank. x_sf: float32 [T_r, H/128] by rank.
+    """
     return torch.cat(list(x))[where.row], torch.cat(list(x_sf))[where.row]

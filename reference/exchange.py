@@ -1,4 +1,4 @@
-"""How ranks talk: every rank hands every rank some bytes. And one way to do it, with all ranks in one process.
+"""How ranks talk: each rank sends some bytes to each rank. Here is also one way to do it, all ranks in one process.
 
 The layer as one rank sees it (`reference/ranks.py`) knows nothing but this protocol; `proof/worlds/rank_process.py`
 implements it between processes.
@@ -18,27 +18,27 @@ T = TypeVar("T")
 
 
 class ExchangeError(RuntimeError):
-    """Messages that do not fit together: a length, a row or an exchange that one rank has and another has not."""
+    """Messages that do not fit together: a wrong length, a row or an exchange that another rank does not know."""
 
 
 class Exchange(Protocol):
-    """What a rank has of the others."""
+    """How one rank reaches the others."""
 
     def all_to_all(self, messages: list[Tensor]) -> list[Tensor]:
-        """messages[d], uint8 [any length, 0 included], goes to rank d; returns what came from each rank, by rank.
+        """Sends messages[d] to rank d and returns what came from each rank, by rank; uint8 [any length, 0 included].
 
-        Returns when every rank has sent. All ranks call it equally often.
+        It returns when every rank has sent. All ranks call it equally often.
         """
         ...
 
 
 def pack(*columns: Tensor) -> Tensor:
-    """The bytes of m rows, row by row: columns [m, w], w >= 1, of any dtypes -> uint8 [m * bytes of a row]."""
+    """Returns the bytes of m rows, row by row: uint8 [m * bytes of a row]. columns: [m, w] each, w >= 1, any dtype."""
     return torch.cat([column.contiguous().view(torch.uint8) for column in columns], dim=1).flatten()
 
 
 def unpack(message: Tensor, *columns: tuple[torch.dtype, int]) -> list[Tensor]:
-    """Inverse of `pack`; columns: dtype and width of each. Raises `ExchangeError` for a part of a row."""
+    """Inverse of `pack`. columns: dtype and width of each. Raises `ExchangeError` if the last row is cut off."""
     sizes = [dtype.itemsize * width for dtype, width in columns]
     if message.dtype != torch.uint8 or message.numel() % sum(sizes):
         raise ExchangeError(
@@ -63,7 +63,7 @@ def check_messages(messages: Sequence[Tensor], ranks: int) -> None:
 
 
 def lockstep(ranks: int, work: Callable[[Exchange, int], T]) -> list[T]:
-    """work(exchange, rank) of every rank, in one process; the results by rank.
+    """Runs work(exchange, rank) of every rank in one process; returns the results by rank.
 
     Each rank has a thread, and one of them runs at a time, in rank order from one exchange to the next: the same order
     of events in every run, and no more memory than one rank needs. The first exception of a rank ends all the others
@@ -92,7 +92,7 @@ class _Stopped(BaseException):
 
 
 class _Turns:
-    """Whose turn it is, and the mail."""
+    """Which rank may run, and the messages on their way."""
 
     def __init__(self, ranks: int) -> None:
         self.live = list(range(ranks))

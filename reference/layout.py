@@ -18,9 +18,9 @@ Field = tuple[torch.dtype, tuple[int, ...]]
 
 
 def first_rows(counts: Tensor, block_m: int = BLOCK_M) -> Tensor:
-    """int64 [R, E_loc]: the pool row where the rows of each (source, local expert) begin; counts int64 [R, E_loc].
+    """Returns int64 [R, E_loc]: the pool row at which the rows of each (source, local expert) begin.
 
-    An expert begins at a whole block; inside it the sources stand in ascending order.
+    counts: int64 [R, E_loc], the rows of each. An expert begins with a new pool block; its rows are ordered by source.
     """
     rows = counts.sum(0)
     blocks = (rows + block_m - 1) // block_m
@@ -28,9 +28,10 @@ def first_rows(counts: Tensor, block_m: int = BLOCK_M) -> Tensor:
 
 
 def pool_rows(counts: Tensor, block_m: int = BLOCK_M) -> tuple[Tensor, Tensor]:
-    """(pool row, local expert) of every received row, ascending, int64 [n] each; counts int64 [E_loc] over all sources.
+    """Returns (pool row, local expert) of every received row, ascending; int64 [n] each.
 
-    Which of an expert's rows stands where inside its part depends on arrival; which rows are taken does not.
+    counts: int64 [E_loc], over all sources. The order of an expert's rows from one source depends on arrival; which
+    pool rows they take does not.
     """
     expert = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
     inside = torch.arange(len(expert), device=counts.device) - (counts.cumsum(0) - counts)[expert]
@@ -38,40 +39,40 @@ def pool_rows(counts: Tensor, block_m: int = BLOCK_M) -> tuple[Tensor, Tensor]:
 
 
 def ring_row(block: Index, row_in_block: Index, ring_blocks: int) -> Index:
-    """Row of the ring where activations of a pool block's row stand: blocks take the places in turn.
+    """Returns the row of the ring that holds the activations of a pool block's row: the blocks take places in turn.
 
-    Source and weight of a row stand by its pool row.
+    The source and the weight of a row are found by its pool row instead.
     """
     return block % ring_blocks * BLOCK_M + row_in_block
 
 
 def owner(expert: Index, experts_local: int) -> Index:
-    """Rank of an expert of the layer: ranks own experts in ascending order, `experts_local` each."""
+    """Returns the rank of an expert of the layer: ranks own experts in ascending order, `experts_local` each."""
     return expert // experts_local
 
 
 def local(expert: Index, experts_local: int) -> Index:
-    """Number of an expert of the layer among those of its rank."""
+    """Returns the number of an expert of the layer among those of its rank."""
     return expert % experts_local
 
 
 def entry_of(token: Index, slot: Index, topk: int) -> Index:
-    """The number by which ranks name an active slot of a source rank: token * K + slot."""
+    """Returns token * K + slot, the number by which ranks name an active slot of a source rank."""
     return token * topk + slot
 
 
 def slot_row(entry: Index, topk: int, capacity: int) -> Index:
-    """Row of an entry in the combine buffer of its source rank, `slots` as [K * capacity, H]: slot after slot."""
+    """Returns the row of an entry in `slots` of its source rank, [K * capacity, H]: all of slot 0 come first."""
     return entry % topk * capacity + entry // topk
 
 
 def recv_count(source: Index, expert: Index, experts_local: int) -> Index:
-    """Index into `recv_count` of the rows that a source rank sends to a local expert."""
+    """Returns the index into `recv_count` of the number of rows that a source rank sends to a local expert."""
     return source * experts_local + expert
 
 
 def recv_list(source: Index, expert: Index, experts_local: int, capacity: int, topk: int) -> Index:
-    """Index into `recv_list` where the entries of (source, local expert) begin: each list could take every slot."""
+    """Returns the index into `recv_list` of the first entry of (source, local expert); a list can hold all slots."""
     return recv_count(source, expert, experts_local) * capacity * topk
 
 

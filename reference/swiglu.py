@@ -1,4 +1,7 @@
-"""Eq. (4), Eq. (5): clamped SwiGLU times the routing weight, then re-quantisation. In fp32, each operation rounded."""
+"""Eq. (4), Eq. (5): clamped SwiGLU times the routing weight, then re-quantisation. Each fp32 operation rounds once.
+
+Predicts kernel/swiglu.cuh.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,10 @@ from megaproof.quant.recipe import Recipe
 
 
 def clamp(recipe: Recipe, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """gate = min(gate, c) only; up = min(max(up, -c), c). fminf and fmaxf drop a NaN: it becomes c, and -c."""
+    """Returns gate = min(gate, c), without a lower clamp, and up = min(max(up, -c), c); float32 [m, I] each.
+
+    fminf and fmaxf return the other operand of a NaN: a NaN gate becomes c, a NaN up becomes -c.
+    """
     if recipe.clamp is None:
         return gate, up
     c = gate.new_full((), recipe.clamp)
@@ -20,12 +26,15 @@ def clamp(recipe: Recipe, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def activate(recipe: Recipe, gate: Tensor, up: Tensor, weight: Tensor, arith: ModuleType) -> Tensor:
-    """Eq. (4): v = fl(fl(silu(gate) * up) * weight), float32 [m, I]; weight float32 [m]."""
+    """Eq. (4): returns v = fl(fl(silu(gate) * up) * weight), float32 [m, I].
+
+    gate, up: float32 [m, I], not clamped yet. weight: float32 [m]; it is left out if the recipe folds it into combine.
+    """
     gate, up = clamp(recipe, gate, up)
     v = arith.silu(gate, recipe.silu == "fast") * up
     return v * weight[:, None] if recipe.weight_fold == "before_quantisation" else v
 
 
 def requantise(recipe: Recipe, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Eq. (5): (E4M3 codes uint8 [m, I], scale factors float32 [m, I/granularity])."""
+    """Eq. (5): returns v, float32 [m, I], as E4M3 codes uint8 [m, I] and scales float32 [m, I/granularity]."""
     return quantise_activation(v, recipe.activation_granularity, recipe.activation_scale, recipe.zero_group)

@@ -5,20 +5,21 @@ from __future__ import annotations
 from torch import Tensor
 
 STATUS_WORDS = 8
-"""u32 that a buffer keeps for `Status`, which has six: flag, rank, block, counter, expected, seen."""
+"""u32 that a buffer keeps for `Status`, which has six: flag, rank, thread block, counter, expected, seen."""
 WAITS = {
-    1: ("all roles", "blocks of the rank"),
+    1: ("all roles", "thread blocks of the rank"),
     2: ("all roles", "ranks"),
     3: ("scout", "rows of a pool block"),
-    4: ("scout or dispatch", "L1 turns of a pool block"),
-    5: ("scout", "L2 turns of a pool block"),
+    4: ("scout or dispatch", "GEMM 1 half tiles of a pool block"),
+    5: ("scout", "GEMM 2 half tiles of a pool block"),
     6: ("dispatch", "the copy of a row"),
-    7: ("scout", "tasks of its block"),
+    7: ("scout", "tasks of its thread block"),
 }
 """`Counter` of barrier.cuh, in words: who waits for what.
 
-All roles wait at the meetings; for L1 turns the scout does (GEMM 2), or dispatch (a free place in the ring). Waiting
-for the tasks of its block the scout waits for all that producer and math warps wait for inside it.
+All roles wait at the barriers. For half tiles of GEMM 1 either the scout waits, before GEMM 2, or dispatch, until a
+place in the ring is free. A scout that waits for the tasks of its thread block waits for whatever its producer and its
+math warps wait for.
 """
 
 
@@ -31,6 +32,7 @@ def waited(status: Tensor) -> str | None:
 
     status: int32 [>= 6], on any device; a device is waited for.
     """
-    flag, rank, block, counter, expected, seen, *_ = (word & 0xFFFFFFFF for word in status.tolist())
+    flag, rank, cta, counter, expected, seen, *_ = (word & 0xFFFFFFFF for word in status.tolist())
     who, what = WAITS.get(counter, ("an unknown role", "an unknown counter"))
-    return f"rank {rank}, block {block}, {who} waited for {what}: expected {expected}, saw {seen}" if flag else None
+    said = f"rank {rank}, thread block {cta}, {who} waited for {what}: expected {expected}, saw {seen}"
+    return said if flag else None

@@ -91,7 +91,7 @@ ABSENT = Delay("count_locally", 2_000_000, "blockIdx.x == 1", "second_block")
 """The same before rows travel, of a rank that is alone: its other blocks are at the end of the launch by then."""
 LOST = (
     Lost("row", "&staging.arrived, num_bytes)", "dispatch waited for the copy of a row"),
-    Lost("stage", "&pipeline.full_barriers[at.stage_idx], stage_bytes)", "scout waited for tasks of its block"),
+    Lost("stage", "&pipeline.full_barriers[at.stage_idx], stage_bytes)", "scout waited for tasks of its thread block"),
 )
 Change = Delay | Lost
 

@@ -140,18 +140,18 @@ def test_a_missing_block_is_what_the_others_wait_for(tokens: int, before: str, a
     def goes_away(text: str) -> str:
         return replaced(text, before, f"if (rank.cta_idx == {absent}) return; {before}")
 
-    with pytest.raises(emulator.EmulationError, match="waited for blocks of the rank: expected 3, saw 2"):
+    with pytest.raises(emulator.EmulationError, match="waited for thread blocks of the rank: expected 3, saw 2"):
         proof(narrow(2, (tokens,)), change=goes_away, timeout_steps=200_000, blocks=3)
 
 
 @pytest.mark.parametrize(
     ("absent", "said"),
     [
-        ("rank.idx == 1", "rank 0, block ., all roles waited for ranks: expected 2, saw 1"),
+        ("rank.idx == 1", "rank 0, thread block ., all roles waited for ranks: expected 2, saw 1"),
         (
             "rank.idx == 1 && rank.cta_idx == 0",
-            "rank 0, block ., all roles waited for ranks: expected 2, saw 1"
-            "|rank 1, block 1, all roles waited for blocks of the rank: expected 2, saw 1",
+            "rank 0, thread block ., all roles waited for ranks: expected 2, saw 1"
+            "|rank 1, thread block 1, all roles waited for thread blocks of the rank: expected 2, saw 1",
         ),
     ],
     ids=["rank", "block_of_a_rank"],

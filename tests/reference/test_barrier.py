@@ -192,11 +192,11 @@ def test_arrivals_are_counted_in_any_order(order: list[int], blocks: int, before
     own = Counters(before)
     present = [block for block in order if block < blocks]
     for there, block in enumerate(present):
-        assert barrier.arrivals(own.arrived, blocks) == there
+        assert barrier.num_arrivals(own.arrived, blocks) == there
         steps = barrier.sync_ctas(own, block, blocks)
         next(steps), next(steps)
     assert own == Counters(before ^ FLIP)
-    assert barrier.arrivals(own.arrived, blocks) == 0
+    assert barrier.num_arrivals(own.arrived, blocks) == 0
 
 
 @pytest.mark.parametrize(("wrong", "found"), [(lambda blocks: FLIP - blocks, Hang), (lambda blocks: FLIP, Early)])

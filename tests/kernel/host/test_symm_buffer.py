@@ -96,7 +96,7 @@ def test_a_failure_is_raised_once_and_clears_the_counters_alone() -> None:
     buffer.check()  # nobody has waited in vain
     assert torch.equal(storages[0], before)
     buffer.status[:6] = torch.tensor([1, 1, 0, 2, 2, 1])
-    with pytest.raises(KernelTimeout, match="rank 1, block 0, all roles waited for ranks: expected 2, saw 1"):
+    with pytest.raises(KernelTimeout, match="rank 1, thread block 0, all roles waited for ranks: expected 2, saw 1"):
         buffer.check()
     buffer.check()
     offsets, _ = buffer.size.offsets()

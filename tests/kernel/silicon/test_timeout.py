@@ -24,7 +24,7 @@ LIMIT_S = 0.2
 SOON_S = 20.0
 """A launch in which somebody waits in vain ends within LIMIT_S and the two seconds of a late role; the rest is for a
 host that is busy. A hundred waits one after the other would take longer."""
-MESSAGE = r"rank (\d+), block (\d+), ([a-z ]+) waited for ([a-zA-Z0-9 ]+): expected (\d+), saw (\d+)"
+MESSAGE = r"rank (\d+), thread block (\d+), ([a-z ]+) waited for ([a-zA-Z0-9 ]+): expected (\d+), saw (\d+)"
 
 
 @pytest.mark.gpu
@@ -126,7 +126,7 @@ def test_who_waits_in_vain_gives_up_and_the_next_launch_is_right(
     assert expected != seen
     if case.ranks == 1:
         # Every block begins with a tile of GEMM 1, and nearly every pool block has a row of the stuck block.
-        assert counter in ("rows of a pool block", "L1 turns of a pool block", "L2 turns of a pool block")
+        assert counter.removesuffix(" of a pool block") in ("rows", "GEMM 1 half tiles", "GEMM 2 half tiles")
         assert int(seen) < int(expected)
     stuck.buffer.check()  # raised once, then forgotten
 
