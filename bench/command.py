@@ -19,7 +19,7 @@ from megaproof.bench.measure.sweep import measure
 from megaproof.bench.measure.timer import LEAST_REPEATS
 from megaproof.bench.report import compare, plot
 from megaproof.kernel.host.sizes import GROUP
-from megaproof.toolchain.build import EnvironmentMissing
+from megaproof.toolchain.errors import EnvironmentMissing
 
 
 def sweep_command(

@@ -23,7 +23,7 @@ from megaproof.golden import silicon, store
 from megaproof.quant import twin
 from megaproof.quant.recipe import Recipe
 from megaproof.quant.tables import TableError
-from megaproof.toolchain.build import BuildError, EnvironmentMissing
+from megaproof.toolchain.errors import BuildError, EnvironmentMissing
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 console = Console()

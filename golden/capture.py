@@ -25,7 +25,8 @@ from torch import Tensor
 from megaproof.golden import silicon, tiles, triples
 from megaproof.kernel.programs.probe import A_SOURCES, WIDTHS, Probes
 from megaproof.quant import atoms, tables
-from megaproof.toolchain.build import BuildError, Built, EnvironmentMissing
+from megaproof.toolchain.build import Built
+from megaproof.toolchain.errors import BuildError, EnvironmentMissing
 from megaproof.toolchain.launch import Device
 
 VECTOR_WIDTHS = {8: 4, 64: 1, 128: 1, 256: 1}

@@ -166,7 +166,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def _check_kernel(spec: str) -> None:
     """One sentence at the start for a --kernel that is no adapter; else every case would say so."""
     from megaproof.proof import adapters
-    from megaproof.toolchain.build import EnvironmentMissing
+    from megaproof.toolchain.errors import EnvironmentMissing
 
     try:
         adapters.make(spec).close()
@@ -206,7 +206,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any | None:
 @functools.cache
 def _no_gpu() -> str | None:
     """Why no test can run on a GPU here, on one line, or None if there is an SM90 GPU with a fitting driver."""
-    from megaproof.toolchain.build import EnvironmentMissing
+    from megaproof.toolchain.errors import EnvironmentMissing
     from megaproof.toolchain.launch import require_device
 
     try:

@@ -18,7 +18,7 @@ from megaproof.bench.measure.points import UsageError
 from megaproof.bench.measure.sweep import provenance
 from megaproof.bench.measure.timer import FLUSH_BYTES, FLUSHES, WARM_UPS, Timer
 from megaproof.kernel.programs import dense
-from megaproof.toolchain.build import EnvironmentMissing
+from megaproof.toolchain.errors import EnvironmentMissing
 from megaproof.toolchain.launch import require_device
 
 GROUPS = (128, 64)

@@ -28,7 +28,8 @@ from megaproof.bench.measure.timer import REGIMES, WARM_UPS, Call, Timer
 from megaproof.bench.measure.yardsticks import Unfused, Yardsticks, promotions, require_baseline
 from megaproof.bench.model import chips
 from megaproof.kernel.programs import dense, moe, stream
-from megaproof.toolchain.build import EnvironmentMissing, nvrtc_version
+from megaproof.toolchain.build import nvrtc_version
+from megaproof.toolchain.errors import EnvironmentMissing
 from megaproof.toolchain.launch import Device, require_device
 
 KERNEL = "moe_"

@@ -13,7 +13,7 @@ from megaproof.bench.model.roofline import Load
 from megaproof.kernel.host.sizes import aligned
 from megaproof.kernel.programs import dense, stream
 from megaproof.quant.recipe import RecipeError
-from megaproof.toolchain.build import EnvironmentMissing
+from megaproof.toolchain.errors import EnvironmentMissing
 
 CHUNK = 4096
 """Rows that are quantised at a time: in float32 all of them would take gigabytes."""

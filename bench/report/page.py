@@ -15,7 +15,7 @@ from megaproof.bench.report import plot
 from megaproof.bench.report.results import ReportError, Results, chosen, read_all
 from megaproof.bench.report.sections import PICTURE, render_all
 from megaproof.toolchain import files
-from megaproof.toolchain.build import EnvironmentMissing
+from megaproof.toolchain.errors import EnvironmentMissing
 
 PAGE, RESULTS = HOME / "docs" / "results.md", HOME / "bench" / "results"
 SOURCE = "bench/results/*/*.json"

@@ -9,7 +9,7 @@ from typing import Any
 from megaproof.bench import peers
 from megaproof.bench.measure.points import UsageError
 from megaproof.bench.measure.rows import Row
-from megaproof.toolchain.build import EnvironmentMissing
+from megaproof.toolchain.errors import EnvironmentMissing
 
 SUFFIXES = (".png", ".svg")
 Line = list[tuple[int, float]]

@@ -5,7 +5,7 @@ launch. It is held to the reference like any other kernel (`proof/adapters/basel
 is timed against. Everything but its GEMMs equals the reference bit for bit; the GEMMs have back ends, see `backends`.
 """
 
-from megaproof.toolchain.build import EnvironmentMissing
+from megaproof.toolchain.errors import EnvironmentMissing
 
 try:
     import triton as _triton  # noqa: F401

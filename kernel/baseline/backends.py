@@ -22,7 +22,7 @@ from megaproof.quant import twin
 from megaproof.quant.recipe import Recipe, RecipeError
 from megaproof.reference import gemm, scatter
 from megaproof.reference.arguments import Weights, check_weights
-from megaproof.toolchain.build import EnvironmentMissing
+from megaproof.toolchain.errors import EnvironmentMissing
 
 PEERS = ("deep_gemm", "deep_ep")
 """Other people's packages that a user's baseline could have; DeepEP needs several GPUs, so it is only reported."""

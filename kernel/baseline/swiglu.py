@@ -18,7 +18,7 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
 from megaproof.quant.recipe import Recipe
-from megaproof.toolchain.build import EnvironmentMissing
+from megaproof.toolchain.errors import EnvironmentMissing
 
 ROWS = 32
 """Rows of one program; it takes one group of columns."""

@@ -89,7 +89,7 @@ class Adapter(Protocol):
 def default() -> Adapter:
     """Our own kernel on an SM90 GPU; without one the reference itself, by ranks that see only their own tensors."""
     from megaproof.proof.adapters import megaproof, reference
-    from megaproof.toolchain.build import EnvironmentMissing
+    from megaproof.toolchain.errors import EnvironmentMissing
     from megaproof.toolchain.launch import require_device
 
     try:

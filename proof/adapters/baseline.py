@@ -10,7 +10,7 @@ from torch import Tensor
 from megaproof.kernel.baseline import Baseline, Result, claims
 from megaproof.proof.adapters import Prepared
 from megaproof.quant.recipe import Recipe
-from megaproof.toolchain.build import EnvironmentMissing
+from megaproof.toolchain.errors import EnvironmentMissing
 from megaproof.toolchain.launch import require_device
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from megaproof.kernel import emulator
 from megaproof.kernel.host.buffer import BufferSize
 from megaproof.proof.adapters.megaproof import MegaproofAdapter
-from megaproof.toolchain.build import EnvironmentMissing
+from megaproof.toolchain.errors import EnvironmentMissing
 
 MOST_PRODUCTS = 1 << 26
 """H times I of a layer that can be waited for, times the experts of the layer."""

@@ -16,7 +16,7 @@ from megaproof.proof.worlds import gloo
 from megaproof.proof.worlds.supervisor import Limits, Supervisor
 from megaproof.reference.ranks import gather
 from megaproof.reference.stages import STAGES
-from megaproof.toolchain.build import EnvironmentMissing
+from megaproof.toolchain.errors import EnvironmentMissing
 
 console = Console(highlight=False, soft_wrap=True)
 

@@ -16,7 +16,7 @@ from megaproof.bench import command
 from megaproof.bench.measure.points import UsageError
 from megaproof.bench.report import compare, plot
 from megaproof.tests.support import command_line
-from megaproof.toolchain.build import EnvironmentMissing
+from megaproof.toolchain.errors import EnvironmentMissing
 
 POINT = {"preset": "dsv4_flash", "T": 8, "routing": "folded"}
 """As results were before they had regimes."""

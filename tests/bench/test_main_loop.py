@@ -14,7 +14,7 @@ from megaproof.bench.measure import main_loop
 from megaproof.bench.measure.timer import WARM_UPS, Timer
 from megaproof.kernel.programs import dense
 from megaproof.tests.support import command_line
-from megaproof.toolchain.build import EnvironmentMissing
+from megaproof.toolchain.errors import EnvironmentMissing
 
 FIELDS = ["group", "m", "n", "k", "us", "tflops", "cublaslt_us", "cublaslt_tflops"]
 

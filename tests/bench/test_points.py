@@ -17,7 +17,7 @@ from megaproof.bench.model.roofline import RANKS
 from megaproof.kernel.host import sizes
 from megaproof.quant.shapes import SHAPES, Shape
 from megaproof.tests.support import command_line
-from megaproof.toolchain.build import EnvironmentMissing
+from megaproof.toolchain.errors import EnvironmentMissing
 
 FLASH = {"dsv4_flash": SHAPES["dsv4_flash"]}
 CUSTOM = ("--hidden", "512", "--intermediate", "256", "--experts", "16", "--topk", "4")

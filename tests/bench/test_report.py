@@ -11,7 +11,7 @@ import pytest
 
 from megaproof.bench.report import page, sections
 from megaproof.tests.support import command_line, sample
-from megaproof.toolchain.build import EnvironmentMissing
+from megaproof.toolchain.errors import EnvironmentMissing
 
 EMPTY = f"# title\n\n{page.START}\n{page.END}\n\nthe end\n"
 WRITTEN = EMPTY.replace(page.START, f"{page.START}\n{sample.PAGE.read_text().rstrip()}")

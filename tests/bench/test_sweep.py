@@ -28,7 +28,7 @@ from megaproof.kernel.programs import PINS, dense, stream
 from megaproof.quant.recipe import Recipe
 from megaproof.quant.shapes import Shape
 from megaproof.tests.support import command_line
-from megaproof.toolchain.build import EnvironmentMissing
+from megaproof.toolchain.errors import EnvironmentMissing
 
 SHAPE = Shape("h512-i256-e4-k2", 512, 256, 4 * RANKS, 2)
 Log = list[tuple[Any, ...]]

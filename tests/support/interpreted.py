@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from megaproof.kernel.baseline.swiglu import swiglu_quantise
 from megaproof.quant.recipe import Recipe
-from megaproof.toolchain.build import EnvironmentMissing
+from megaproof.toolchain.errors import EnvironmentMissing
 
 
 def main(source: str, target: str) -> None:

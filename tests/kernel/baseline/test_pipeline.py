@@ -24,7 +24,7 @@ from megaproof.kernel.baseline import Baseline, Result, backends, claims, groupe
 from megaproof.kernel.baseline import swiglu as fused
 from megaproof.proof.adapters import Prepared
 from megaproof.proof.adapters import make as load
-from megaproof.toolchain.build import EnvironmentMissing
+from megaproof.toolchain.errors import EnvironmentMissing
 
 CLAIMED = [case for case in SMOKE if claims(case.recipe) is None]
 BY_TRITON = [
