@@ -249,6 +249,18 @@ def test_a_result_grows_point_by_point(turn: Callable[[Turn], None], tmp_path: P
     assert read(path) == ([3, 5, 7], True, [])
 
 
+@pytest.mark.parametrize(("device", "known"), [("NVIDIA H200", True), ("another", False)])
+def test_a_row_is_put_beside_the_figures_of_its_own_card(
+    device: str, known: bool, turn: Callable[[Turn], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Without yardsticks the time of the reduction is estimated from the card's measured reads."""
+    turn(lambda n: None)
+    monkeypatch.setattr(sweep, "require_device", lambda: SimpleNamespace(name=device, driver="0"))
+    path = tmp_path / "new.json"
+    assert invoke(*RUN, "--no-yardsticks", "--json", str(path))[0] == 0
+    assert all((row["reduction_us"] is not None) is known for row in json.loads(path.read_text())["rows"])
+
+
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("17 GiB\nand more"), ValueError("odd")], ids=["oom", "other"])
 def test_a_run_outlives_a_point_that_fails(error: Exception, turn: Callable[[Turn], None], tmp_path: Path) -> None:
     def act(n: int) -> None:

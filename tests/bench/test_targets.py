@@ -13,7 +13,8 @@ from megaproof.bench.measure.rows import COLUMNS
 from megaproof.bench.model.chips import H200
 from megaproof.bench.report import derived, results
 from megaproof.bench.report.targets import TARGETS, Target, verdict
-from megaproof.tests.support import results_again as again
+from megaproof.tests.support import results_again
+from megaproof.tests.support import targets_again as again
 
 EPSILON = 0.0005
 CUBE = {"m": 8192, "n": 8192, "k": 8192}
@@ -29,19 +30,12 @@ def test_both_sides_of_a_limit(wanted: tuple[Any, ...]) -> None:
     """The limit itself is met and a little beyond is not; T before the first and after the last do not count."""
     text, result, column, side, limit, first, last, presets = wanted
     beyond = limit + (EPSILON if side == "<=" else -EPSILON)
-    rows = [
-        {"preset": preset, "T": tokens, column: value, "share_before": None} | {column: value}
-        for tokens, value in ((first - 1, beyond), (first, limit), (last, beyond), (last + 1, beyond))
-        for preset in (*again.SHAPES, "another")
-    ]
-    if first == last:
-        rows = [row for row in rows if row[column] != limit or row["preset"] == "dsv4_flash"]
-        rows = [
-            row for row in rows if not (row["preset"] == "dsv4_flash" and row["T"] == first and row[column] != limit)
-        ]
-    own = [row for row in rows if first <= row["T"] <= last and (presets is None or row["preset"] in presets)]
-    found = verdict(one(text), {result: rows}, H200)
-    assert (found.met, found.points) == (sum(row[column] == limit for row in own), len(own))
+    ends, presets_seen = {first - 1, first, last, last + 1}, (*results_again.SHAPES, "another")
+    for value, met in ((limit, True), (beyond, False)):
+        rows = [{"preset": preset, "T": t, column: value} for t in ends for preset in presets_seen]
+        own = [row for row in rows if first <= row["T"] <= last and (presets is None or row["preset"] in presets)]
+        found = verdict(one(text), {result: rows}, H200)
+        assert (found.met, found.points) == (met * len(own), len(own))
     assert verdict(one(text), {"another": rows}, H200).points == 0, "it judges its own result"
 
 

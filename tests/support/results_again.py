@@ -1,12 +1,12 @@
 """A second opinion on the page of results: every cell of its tables from the JSON files, with nothing of bench.
 
-Limits, ceilings and formulas are written again here, once, and hold for the committed results and for the sample.
+Ceilings and formulas are written again here, once, and hold for the committed results and for the sample; limits and
+verdicts in targets_again.py.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -49,34 +49,6 @@ LINES = (
     ("scales per 128, of the best", "granularity_128", "ratio_best"),
     ("scales per 128, of the grouped GEMMs alone", "granularity_128", "ratio_grouped"),
 )
-BOTH: tuple[tuple[Any, ...], ...] = (
-    ("of the best: at most 1", "ratio_best", "<=", 1, 1, 8192),
-    ("of the best, T <= 512: at most 0.95", "ratio_best", "<=", 0.95, 1, 512),
-    ("of the best, T >= 2048: at most 1/1.3 = 0.769", "ratio_best", "<=", 0.769, 2048, 8192),
-    ("of our dense GEMMs, T >= 2048: at least 0.90", "share_compute", ">=", 0.9, 2048, 8192),
-    ("of the plain read, T = 8 to 128: at least 0.92", "share_read", ">=", 0.92, 8, 128),
-    ("of the plain read, T = 1: at least 0.70", "share_read", ">=", 0.7, 1, 1),
-    ("no valley: TFLOP/s at least 0.97 of the best at a smaller T >= 512", "share_before", ">=", 0.97, 1, 8192),
-)
-"""(text, column, side, limit, first T, last T) of what both routings are to meet."""
-ALONE: tuple[tuple[Any, ...], ...] = (
-    ("of our dense GEMMs, T >= 2048: at least 0.90", "granularity_128", "share_compute", ">=", 0.9, 2048, 8192, None),
-    ("of the grouped GEMMs alone, T >= 2048: at most 1.10", "granularity_128", "ratio_grouped", "<=", 1.1, 2048, 8192,
-     None),
-    ("stretch, dsv4_flash, T = 8192: at most 2,200 us", "sweep", "us", "<=", 2200, 8192, 8192, ["dsv4_flash"]),
-    ("stretch, dsv4_pro, T = 8192: at most 5,300 us", "sweep", "us", "<=", 5300, 8192, 8192, ["dsv4_pro"]),
-    ("stretch, of the flushed ceiling (bench/model/chips.py), T = 8192: at least 0.88", "sweep", "share_ceiling", ">=",
-     0.88, 8192, 8192, ["dsv4_flash", "dsv4_pro"]),
-)  # fmt: skip
-"""The others: (text, result, column, side, limit, first T, last T, presets)."""
-_OF_BOTH = [
-    (f"{before}{text}", result, *limits, None)
-    for text, *limits in BOTH
-    for before, result in (("", "sweep"), ("distinct routing, ", "distinct"))
-]
-_OF_ONE = [(("scales per 128, " if own[1] != "sweep" else "") + own[0], *own[1:]) for own in ALONE]
-TARGETS = (*_OF_BOTH[:8], *_OF_ONE, *_OF_BOTH[8:])
-"""Of points; those of the main loop are judged in `main_loop`."""
 
 
 def load(folder: Path) -> dict[str, dict[str, Any]]:
@@ -193,79 +165,9 @@ def phase_tables(results: dict[str, dict[str, Any]]) -> Tables:
     return found
 
 
-def by_place(values: Iterable[tuple[str, int, str]]) -> str:
-    """'glm T = 1: 1.022, 2: 1.017; ...'; an empty value is left out."""
-    parts: dict[str, list[str]] = {}
-    for preset, tokens, value in values:
-        parts.setdefault(preset, []).append(f"{tokens}: {value}" if value else str(tokens))
-    return "; ".join(f"{preset} T = {', '.join(own)}" for preset, own in parts.items())
-
-
-def judged(met: list[bool], missed: str, lacking: str) -> list[str]:
-    return [f"{sum(met)} of {len(met)} points", missed, lacking] if met else ["not measured", "", ""]
-
-
-def target_table(results: dict[str, dict[str, Any]], peers: dict[str, Any]) -> Tables:
-    rows = {name: kept(results, name) for name in KINDS}
-    lines = {"": ["met at", "missed at", "not measured at"]}
-    for text, name, column, side, limit, first, last, presets in TARGETS:
-
-        def speaks(
-            preset: str, tokens: int, first: int = first, last: int = last, presets: list[str] | None = presets
-        ) -> bool:
-            return first <= tokens <= last and (presets is None or preset in presets)
-
-        def judges(name: str, column: str = column, speaks: Callable[[str, int], bool] = speaks) -> list[Row]:
-            return [r for r in rows[name] if speaks(r["preset"], r["T"]) and r[column] is not None]
-
-        own = judges(name)
-        met = [row[column] <= limit if side == "<=" else row[column] >= limit for row in own]
-        digits = ",.0f" if column == "us" else ".3f"
-        misses = [(r["preset"], r["T"], f"{r[column]:{digits}}") for r, ok in zip(own, met, strict=True) if not ok]
-        have = [(row["preset"], row["T"]) for row in own]
-        wanted = [(row["preset"], row["T"]) for row in judges("sweep")]
-        if column in ("ratio_best", "ratio_grouped"):
-            others = ("pr323", "pr383") if column == "ratio_best" else ("grouped_gemms",)
-            theirs = peers["us_distinct" if name == "distinct" else "us"]
-            wanted = [(preset, int(t)) for preset, us in theirs.items() for other in others for t in us.get(other, {})]
-        lacking = dict.fromkeys(place for place in wanted if speaks(*place) and place not in have)
-        said = []
-        for preset in dict.fromkeys(preset for preset, _ in lacking):
-            partly = any(preset == other for other, _ in have)
-            said.append(by_place((preset, t, "") for p, t in lacking if p == preset) if partly else preset)
-        lines[text] = judged(met, by_place(misses), "; ".join(said))
-    return {"target": lines | main_loop(results, peers)}
-
-
-def main_loop(results: dict[str, dict[str, Any]], peers: dict[str, Any]) -> dict[str, list[str]]:
-    """The two targets of the dense GEMMs: one of two shares per 128, the plain kernel's rate per 64."""
-    own, theirs = sizes(results), peers["dense"]["tflops"]
-    deepgemm = {size: over(rates["128"], theirs["deepgemm"].get(size)) for size, rates in own.items()}
-    cublaslt = {size: rates["128"] / rates["cublaslt"] for size, rates in own.items()}
-    met = [(deepgemm[size] or 0) >= 0.95 or cublaslt[size] >= 0.98 for size in own]
-    both = [
-        f"{size}: {'-' if deepgemm[size] is None else f'{deepgemm[size]:.3f}'} or {cublaslt[size]:.3f}" for size in own
-    ]
-    misses = [text for text, ok in zip(both, met, strict=True) if not ok]
-    lacking = [size for size in theirs["deepgemm"] if size not in own]
-    plain = {size: own[size]["64"] / rate for size, rate in theirs["plain_64"].items() if size in own}
-    plain = {size: plain[size] for size in own if size in plain}
-    slow = [f"{size}: {share:.3f}" for size, share in plain.items() if share < 1]
-    without = [size for size in theirs["plain_64"] if size not in own]
-    return {
-        "main loop alone, per 128: at least 0.95 of DeepGEMM's or 0.98 of cuBLASLt's": judged(
-            met, "; ".join(misses), "; ".join(lacking)
-        ),
-        "main loop alone, per 64: at least the plain kernel's": judged(
-            [share >= 1 for share in plain.values()], "; ".join(slow), "; ".join(without)
-        ),
-    }
-
-
 def tables(results: dict[str, dict[str, Any]], peers: dict[str, Any]) -> Tables:
-    """Every table of the page of one chip."""
-    points = preset_tables(results) | dense_table(results, peers) | phase_tables(results)
-    return points | target_table(results, peers)
+    """Every table of the page of one chip but the targets'."""
+    return preset_tables(results) | dense_table(results, peers) | phase_tables(results)
 
 
 def sentences(results: dict[str, dict[str, Any]], peers: dict[str, Any]) -> list[str]:
