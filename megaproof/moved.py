@@ -94,7 +94,13 @@ IMPORTS: dict[str, str] = {
 """Modules. One that is not here moved with the longest name above it that is."""
 
 NAMES: dict[str, str] = {
+    "kernel.build.BuildError": "megaproof.toolchain.errors.BuildError",
+    "kernel.build.EnvironmentMissing": "megaproof.toolchain.errors.EnvironmentMissing",
+    "kernel.build.PINS": "megaproof.kernel.programs.PINS",
+    "kernel.build.gate": "megaproof.toolchain.gate.check_report",
     "kernel.config.Problem": "megaproof.kernel.host.buffer.BufferSize",
+    "kernel.launch.LaunchError": "megaproof.toolchain.errors.LaunchError",
+    "kernel.sass.faults": "megaproof.toolchain.gate.sass_faults",
     "kernel.symm.KernelTimeout": "megaproof.kernel.host.timeout.KernelTimeout",
     "kernel.symm.SymmBuffer": "megaproof.kernel.host.symm_buffer.SymmBuffer",
     "kernel.symm.VirtualGroup": "megaproof.kernel.host.groups.VirtualGroup",
