@@ -23,6 +23,7 @@ from megaproof.quant.scale import activation_scale
 from megaproof.quant.twin import arith
 from megaproof.reference import combine, dispatch, gemm, swiglu
 from megaproof.reference.dispatch import Routes
+from megaproof.reference.operands import Operand
 
 AMAX_EDGE = 0x600000
 """Mantissa of 448 * 2^j, the largest amax of a scale factor."""
@@ -81,14 +82,14 @@ def measure(case: Case, made: Inputs, slots: Tensor | None = None, experts: int 
     acts, acts_sf = dispatch.pull(made.x, made.x_sf, where)
     received = torch.bincount(where.expert, minlength=case.shape.experts)
     for e in _busiest(received, experts):
-        rows, (w1, w1_sf, w2, w2_sf) = where.of_expert(e), made.weights(e)
-        for name, codes, sf in (("w1", w1, w1_sf), ("w2", w2, w2_sf)):
+        rows, w = where.of_expert(e), made.weights(e)
+        for name, (codes, sf, _) in (("w1", w.l1), ("w2", w.l2)):
             count_operands(coverage, name, codes[:: max(1, len(codes) // SAMPLED_ROWS)], sf)
         if len(rows):
-            q, q_sf = count_activation(coverage, case, (acts[rows], acts_sf[rows], w1, w1_sf), weight[rows])
+            q, q_sf = count_activation(coverage, case, (acts[rows], acts_sf[rows], w.l1), weight[rows])
             columns = torch.arange(STEP_COLUMNS) * (2 * case.shape.intermediate // STEP_COLUMNS)
-            count_steps(coverage, acts[rows][:STEP_ROWS], w1[columns])
-            out = gemm.l2(case.recipe, q, q_sf, w2, w2_sf, arith(q.device))
+            count_steps(coverage, acts[rows][:STEP_ROWS], w.l1.codes[columns])
+            out = gemm.l2(case.recipe, q, q_sf, w.l2, arith(q.device))
             coverage.add("slot tie", f32_bits(out) & 0xFFFF == 0x8000)
             coverage.add("slot tie to even, up", f32_bits(out) & 0x1FFFF == 0x18000)
             coverage.add("slot subnormal", (out != 0) & (out.abs() < 2.0**-126))
@@ -135,7 +136,7 @@ def count_routing(coverage: Coverage, where: Routes, weight: Tensor) -> None:
 # --- activation -------------------------------------------------------------------------------------------------------
 
 
-def count_activation(coverage: Coverage, case: Case, operands: tuple[Tensor, ...], weight: Tensor) -> tuple:
+def count_activation(coverage: Coverage, case: Case, operands: tuple[Tensor, Tensor, Operand], weight: Tensor) -> tuple:
     """Gate, up, v, and its codes and scales, which are returned."""
     recipe, twin = case.recipe, arith(weight.device)
     gate, up = gemm.l1(recipe, *operands, twin)

@@ -18,6 +18,7 @@ from megaproof.cases.compare import Differs
 from megaproof.cases.inputs import Inputs
 from megaproof.quant.formats import BF16
 from megaproof.reference import oracle
+from megaproof.reference.operands import plain
 
 Place = tuple[int, int]
 """(rank, token)."""
@@ -99,6 +100,6 @@ def of_case(case: Case, made: Inputs) -> Exact:
         row[rank][tokens] = sum(map(len, bits)) + torch.arange(len(tokens))
         own = (part[rank] for part in made.arguments()[:4])
         granularity = case.recipe.activation_granularity
-        bits.append(oracle.lattice_y(*own, made.weights, tokens, columns, case.recipe.clamp, granularity))
+        bits.append(oracle.lattice_y(*own, plain(made.weights), tokens, columns, case.recipe.clamp, granularity))
     nothing = torch.empty(0, len(columns), dtype=torch.int16)
     return Exact(row, columns, torch.cat([nothing, *bits]))

@@ -27,6 +27,7 @@ from megaproof.quant import atoms
 from megaproof.quant.cast import BLOCK
 from megaproof.reference import combine, dispatch, gemm, oracle, scatter, swiglu
 from megaproof.reference.layer import moe_layer
+from megaproof.reference.operands import plain
 
 SAMPLE_EXPERTS, SAMPLE_ROWS = 3, 4
 """Experts of a case whose rooms are computed again by the readable atoms, and rows of each."""
@@ -129,7 +130,7 @@ class TestCase:
         for rank, token in run.oracle_tokens("fp64"):
             y64, bound = oracle.fp64_layer(
                 *rank_arguments(run, rank),
-                run.inputs.weights,
+                plain(run.inputs.weights),
                 torch.tensor([token]),
                 columns,
                 clamp=recipe.clamp,
@@ -182,7 +183,7 @@ class TestCase:
             try:
                 y = oracle.lattice_y(
                     *rank_arguments(run, rank),
-                    run.inputs.weights,
+                    plain(run.inputs.weights),
                     torch.tensor([token]),
                     columns,
                     recipe.clamp,
@@ -228,14 +229,12 @@ def check_rooms(run: Run) -> int:
         rows = rows[torch.tensor(sorted(chance.sample(range(len(rows)), min(SAMPLE_ROWS, len(rows)))))]
         triples = trace["rows"][rows]
         weight = torch.cat(made.topk_weights)[where.row[rows], where.slot[rows]]
-        w1, w1_sf, w2, w2_sf = made.weights(e)
+        w = made.weights(e)
 
         block = chance.randrange(case.shape.intermediate // BLOCK)  # gate rows and up rows of one block
         gate_up = [block, block + case.shape.intermediate // BLOCK]
-        part = w1.unflatten(0, (-1, BLOCK))[gate_up].flatten(0, 1)
-        gate, up = gemm.l1(
-            recipe, trace["l1_acts"][rows], trace["l1_acts_sf"][rows], part, w1_sf[gate_up].contiguous(), atoms
-        )
+        acts, acts_sf = trace["l1_acts"][rows], trace["l1_acts_sf"][rows]
+        gate, up = gemm.l1(recipe, acts, acts_sf, w.l1.of_blocks(gate_up), atoms)
         q, q_sf = swiglu.requantise(recipe, swiglu.activate(recipe, gate, up, weight, atoms))
         columns = slice(block * BLOCK, (block + 1) * BLOCK)
         groups = slice(columns.start // recipe.activation_granularity, columns.stop // recipe.activation_granularity)
@@ -245,7 +244,7 @@ def check_rooms(run: Run) -> int:
         block = chance.randrange(case.shape.hidden // BLOCK)
         columns = slice(block * BLOCK, (block + 1) * BLOCK)
         acts, acts_sf = trace["l2_acts"][rows], trace["l2_acts_sf"][rows]
-        out = gemm.l2(recipe, acts, acts_sf, w2[columns], w2_sf[[block]], atoms)
+        out = gemm.l2(recipe, acts, acts_sf, w.l2.of_blocks([block]), atoms)
         slots = trace["slots"][rows][:, columns]
         compared += same("slots", scatter.to_slot(out, atoms), slots, triples, columns.start)
     return compared

@@ -10,7 +10,6 @@ import difflib
 import json
 import resource
 import time
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -21,7 +20,6 @@ from rich.progress import Progress
 
 from megaproof.cases.cases import CASES, GATE, Case
 from megaproof.cases.compare import bits
-from megaproof.cases.inputs import Inputs
 from megaproof.cases.run import CaseRun, run_case
 from megaproof.golden.store import stage_digest
 from megaproof.proof import bundle
@@ -30,6 +28,7 @@ from megaproof.proof.explain.anatomy import Disagreement
 from megaproof.proof.explain.derive import ExplainError, Question
 from megaproof.quant import twin
 from megaproof.reference import oracle
+from megaproof.reference.operands import plain
 from megaproof.reference.stages import STAGES
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
@@ -143,7 +142,7 @@ def usual(case_id: CaseId = GATE[0].id, as_json: AsJson = False) -> None:
     console_err.print("FP32 einsum over dequantised values ...", highlight=False)
     theirs = oracle.usual_reference(
         *arguments,
-        partial(_on_host, found.inputs),
+        plain(found.inputs.weights),
         clamp=case.recipe.clamp,
         granularity=case.recipe.activation_granularity,
         weight_fold=case.recipe.weight_fold,
@@ -168,10 +167,6 @@ def usual(case_id: CaseId = GATE[0].id, as_json: AsJson = False) -> None:
     )
 
 
-def _on_host(made: Inputs, expert: int) -> tuple[torch.Tensor, ...]:
-    return tuple(tensor.cpu() for tensor in made.weights(expert))
-
-
 @app.command()
 def error(
     case_id: CaseId = GATE[0].id,
@@ -192,7 +187,7 @@ def error(
         hidden = torch.arange(0, case.shape.hidden, max(1, case.shape.hidden // columns))[:columns]
         arguments = [tensors[0] for tensors in found.inputs.arguments()[:4]]
         options = {"clamp": recipe.clamp, "silu": recipe.silu, "granularity": granularity}
-        y64, _ = oracle.fp64_layer(*arguments, partial(_on_host, found.inputs), chosen, hidden, **options)
+        y64, _ = oracle.fp64_layer(*arguments, plain(found.inputs.weights), chosen, hidden, **options)
         report["errors"][granularity] = oracle.relative_error(found.result.y[0].cpu()[chosen][:, hidden].double(), y64)
     report["elements"] = y64.numel()
     if as_json:

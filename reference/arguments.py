@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from megaproof.quant.recipe import Recipe
+from megaproof.reference.operands import FORMATS, ExpertWeights, Weights
 
 BLOCK = 128
 """Columns of a token, and rows and columns of a weight block, that share one input scale."""
-
-Weights = Callable[[int], tuple[Tensor, Tensor, Tensor, Tensor]]
-"""Global expert e -> (w1 uint8 [2I,H] gate rows then up rows, w1_sf float32 [2I/128,H/128], w2 uint8 [H,I],
-w2_sf float32 [H/128,I/128])."""
 
 
 class ArgumentError(ValueError):
@@ -87,24 +84,28 @@ def check(
     return Dimensions(ranks, hidden, topk, experts, tuple(t.shape[0] for t in x), x[0].device)
 
 
-def check_weights(e: int, tensors: tuple[Tensor, Tensor, Tensor, Tensor], hidden: int) -> None:
+def check_weights(recipe: Recipe, e: int, found: ExpertWeights, hidden: int) -> None:
     """Raises `ArgumentError` when what weights(e) returned does not fit the layer."""
-    if not isinstance(tensors, tuple) or len(tensors) != 4:
-        raise ArgumentError(f"weights({e}) must return the tuple (w1, w1_sf, w2, w2_sf)")
-    w1, w1_sf, w2, w2_sf = tensors
-    intermediate = _last_dim(f"weights({e}) w2", w2)
+    if not isinstance(found, ExpertWeights):
+        raise ArgumentError(f"weights({e}) must return megaproof.reference.operands.ExpertWeights, two operands")
+    intermediate = _last_dim(f"weights({e}) l2.codes", found.l2.codes)
     if intermediate == 0 or intermediate % BLOCK:
         raise ArgumentError(f"weights({e}): intermediate = {intermediate} must be a positive multiple of {BLOCK}")
-    _tensor(f"weights({e}) w1", w1, torch.uint8, (2 * intermediate, hidden))
-    _tensor(f"weights({e}) w1_sf", w1_sf, torch.float32, (2 * intermediate // BLOCK, hidden // BLOCK))
-    _tensor(f"weights({e}) w2", w2, torch.uint8, (hidden, intermediate))
-    _tensor(f"weights({e}) w2_sf", w2_sf, torch.float32, (hidden // BLOCK, intermediate // BLOCK))
+    for name, operand, rows, columns in (
+        ("l1", found.l1, 2 * intermediate, hidden),
+        ("l2", found.l2, hidden, intermediate),
+    ):
+        if operand.format != FORMATS[recipe.weight_format]:
+            said = getattr(operand.format, "name", operand.format)
+            raise ArgumentError(f"weights({e}) {name}.format is {said}; the recipe's is {recipe.weight_format}")
+        _tensor(f"weights({e}) {name}.codes", operand.codes, torch.uint8, (rows, columns))
+        _tensor(f"weights({e}) {name}.scales", operand.scales, torch.float32, (rows // BLOCK, columns // BLOCK))
 
 
 def check_source(weights: Weights) -> None:
     """Raises `ArgumentError` unless weights can be called."""
     if not callable(weights):
-        raise ArgumentError(f"weights = {weights!r} must be a function of the expert, see arguments.Weights")
+        raise ArgumentError(f"weights = {weights!r} must be a function of the expert, see operands.Weights")
 
 
 def check_same_width(e: int, intermediate: int, first: int) -> None:

@@ -9,34 +9,33 @@ from torch import Tensor
 
 from megaproof.quant.cast import BLOCK
 from megaproof.quant.recipe import Recipe
+from megaproof.reference.operands import Operand
 
 
-def promoted(a: Tensor, a_sf: Tensor, w: Tensor, w_sf: Tensor, group: int, arith: ModuleType) -> Tensor:
+def promoted(a: Tensor, a_sf: Tensor, w: Operand, group: int, arith: ModuleType) -> Tensor:
     """sum_b fma(fl(s_a[b] * s_w[b]), acc_b, sum), b ascending from sum = 0; acc_b is a chain of k32 steps from 0.
 
-    a uint8 [m, K], a_sf float32 [m, K/group], w uint8 [N, K], w_sf float32 [N/128, K/128] -> float32 [m, N].
+    a uint8 [m, K], a_sf float32 [m, K/group], w [N, K] -> float32 [m, N].
     """
-    w_sf = w_sf.repeat_interleave(BLOCK, dim=0)  # [N, K/128]
-    total = torch.zeros(a.shape[0], w.shape[0], dtype=torch.float32, device=a.device)
+    w_sf = w.scales.repeat_interleave(BLOCK, dim=0)  # [N, K/128]
+    total = torch.zeros(a.shape[0], w.codes.shape[0], dtype=torch.float32, device=a.device)
     for b in range(a.shape[1] // group):
         columns = slice(b * group, (b + 1) * group)
-        acc = arith.wgmma_chain(a[:, columns], w[:, columns])
+        acc = arith.wgmma_chain(a[:, columns], w.codes[:, columns])
         scale = a_sf[:, b, None] * w_sf[None, :, b * group // BLOCK]
         total = arith.fma(scale, acc, total)
     return total
 
 
-def l1(
-    recipe: Recipe, acts: Tensor, acts_sf: Tensor, w1: Tensor, w1_sf: Tensor, arith: ModuleType
-) -> tuple[Tensor, Tensor]:
-    """Eq. (2), Eq. (3): gate and up, float32 [m, I] each; w1 holds gate rows, then up rows."""
-    h = promoted(acts, acts_sf, w1, w1_sf, BLOCK, arith)
+def l1(recipe: Recipe, acts: Tensor, acts_sf: Tensor, w: Operand, arith: ModuleType) -> tuple[Tensor, Tensor]:
+    """Eq. (2), Eq. (3): gate and up, float32 [m, I] each; w holds gate rows, then up rows."""
+    h = promoted(acts, acts_sf, w, BLOCK, arith)
     if recipe.l1_rounding == "bf16":
         h = arith.decode_bf16(arith.encode_bf16(h))
     gate, up = h.chunk(2, dim=1)
     return gate.contiguous(), up.contiguous()
 
 
-def l2(recipe: Recipe, acts: Tensor, acts_sf: Tensor, w2: Tensor, w2_sf: Tensor, arith: ModuleType) -> Tensor:
+def l2(recipe: Recipe, acts: Tensor, acts_sf: Tensor, w: Operand, arith: ModuleType) -> Tensor:
     """Eq. (6): float32 [m, H]; one promotion for each group that shares an activation scale."""
-    return promoted(acts, acts_sf, w2, w2_sf, recipe.activation_granularity, arith)
+    return promoted(acts, acts_sf, w, recipe.activation_granularity, arith)

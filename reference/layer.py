@@ -14,8 +14,9 @@ from torch import Tensor
 from megaproof.quant.recipe import Recipe
 from megaproof.quant.twin import arith as compiled_arith
 from megaproof.reference import dispatch, gemm, scatter, swiglu
-from megaproof.reference.arguments import Weights, check, check_same_width, check_source, check_weights
+from megaproof.reference.arguments import check, check_same_width, check_source, check_weights
 from megaproof.reference.combine import combine
+from megaproof.reference.operands import ExpertWeights, Weights
 from megaproof.reference.stages import POOL_STAGES, STAGES
 from megaproof.reference.stats import accumulate
 
@@ -51,8 +52,8 @@ def moe_layer(
     """One MoE layer, bit for bit.
 
     Lists by rank: x uint8 [T_r, H], x_sf float32 [T_r, H/128], topk_idx int64 [T_r, K] (-1 = masked),
-    topk_weights float32 [T_r, K], stats int32 [E_loc] (counts so far). weights(e) gives expert e's tensors, see
-    `arguments.Weights`; expert e lives on rank `layout.owner(e, E_loc)`. experts: E, where stats do not say it.
+    topk_weights float32 [T_r, K], stats int32 [E_loc] (counts so far). weights(e) gives expert e's two matrices, see
+    `operands.ExpertWeights`; expert e lives on rank `layout.owner(e, E_loc)`. experts: E, where stats do not say it.
     arith: the atoms to compute with (default: the compiled twin of x's device); it changes the speed and no bit.
     progress(done, total) is called after each expert that received a row.
 
@@ -102,11 +103,11 @@ def through_experts(
 
     def expert(e: int) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         rows = where.of_expert(e)  # m of the n rows
-        w1, w1_sf, w2, w2_sf = _checked(weights, e, hidden)
-        gate, up = gemm.l1(recipe, l1_acts[rows], l1_acts_sf[rows], w1, w1_sf, arith)  # Eq. (2), Eq. (3)  [m, I]
+        w = _checked(recipe, weights, e, hidden)
+        gate, up = gemm.l1(recipe, l1_acts[rows], l1_acts_sf[rows], w.l1, arith)  # Eq. (2), Eq. (3)  [m, I]
         v = swiglu.activate(recipe, gate, up, weight[rows], arith)  # Eq. (4)  [m, I]
         l2_acts, l2_acts_sf = swiglu.requantise(recipe, v)  # Eq. (5)  [m, I]
-        out = gemm.l2(recipe, l2_acts, l2_acts_sf, w2, w2_sf, arith)  # Eq. (6)  [m, H]
+        out = gemm.l2(recipe, l2_acts, l2_acts_sf, w.l2, arith)  # Eq. (6)  [m, H]
         made = {"l2_acts": l2_acts, "l2_acts_sf": l2_acts_sf}
         return rows, made, scatter.to_slot(out, arith)  # Eq. (7)  [m, H]
 
@@ -125,10 +126,10 @@ def through_experts(
     return _in_row_order(parts, recipe), slots
 
 
-def _checked(weights: Weights, e: int, hidden: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    tensors = weights(e)
-    check_weights(e, tensors, hidden)
-    return tensors
+def _checked(recipe: Recipe, weights: Weights, e: int, hidden: int) -> ExpertWeights:
+    found = weights(e)
+    check_weights(recipe, e, found, hidden)
+    return found
 
 
 def _side_by_side(expert: Callable[[int], Any], busy: list[int], device: torch.device) -> Iterator[Any]:

@@ -20,11 +20,12 @@ from torch import Tensor
 from megaproof.quant.recipe import Recipe
 from megaproof.quant.twin import arith as compiled_arith
 from megaproof.reference import dispatch, layout
-from megaproof.reference.arguments import BLOCK, ArgumentError, Dimensions, Weights, check, check_source
+from megaproof.reference.arguments import BLOCK, ArgumentError, Dimensions, check, check_source
 from megaproof.reference.combine import combine
 from megaproof.reference.dispatch import Routes
 from megaproof.reference.exchange import Exchange, ExchangeError, lockstep, pack, unpack
 from megaproof.reference.layer import LayerResult, through_experts
+from megaproof.reference.operands import Weights
 from megaproof.reference.stages import POOL_STAGES, STAGES
 from megaproof.reference.stats import accumulate
 

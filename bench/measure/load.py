@@ -15,6 +15,7 @@ from megaproof.kernel.host.weights import untiled, w1_rows, w2_rows
 from megaproof.quant.recipe import Recipe
 from megaproof.quant.scale import input_scale
 from megaproof.quant.shapes import Shape
+from megaproof.reference.operands import ExpertWeights, e4m3
 
 Quantised = tuple[Tensor, Tensor]
 """Codes and their scales."""
@@ -101,12 +102,12 @@ class Layer:
         silu = "fast" if self.fast_math else "precise"
         return Recipe(clamp=self.clamp, silu=silu, activation_granularity=self.granularity)
 
-    def weights(self, expert: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def weights(self, expert: int) -> ExpertWeights:
         """An expert's weights as the reference takes them: bytes, gate rows then up rows."""
         (w1, w1_sf), (w2, w2_sf) = self.l1, self.l2
         matrices = (w1, w1_rows(w1.shape[1])), (w2, w2_rows(w2.shape[1]))
         w1, w2 = (untiled(w[expert : expert + 1].view(torch.uint8), rows)[0] for w, rows in matrices)
-        return w1, w1_sf[expert], w2, w2_sf[expert]
+        return e4m3(w1, w1_sf[expert], w2, w2_sf[expert])
 
     def route(self, tokens: int, routing: str) -> Work:
         """Fills the buffer's inputs. The work of an earlier call must not be run any more."""

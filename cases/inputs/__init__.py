@@ -20,8 +20,8 @@ from megaproof.cases.inputs.families import make_gaussian, make_heavy_tail, make
 from megaproof.cases.inputs.lattice import make_lattice
 from megaproof.cases.inputs.position import make_position
 from megaproof.quant import philox
-from megaproof.reference.arguments import Weights
 from megaproof.reference.layout import owner
+from megaproof.reference.operands import Weights
 
 
 @dataclass(frozen=True)

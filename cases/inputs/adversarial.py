@@ -24,6 +24,7 @@ from megaproof.cases.inputs.families import draw_codes, expert
 from megaproof.quant import atoms, philox
 from megaproof.quant.cast import BLOCK
 from megaproof.quant.formats import f32_bits, f32_from_bits
+from megaproof.reference.operands import ExpertWeights, e4m3
 
 if TYPE_CHECKING:
     from megaproof.cases.cases import Case
@@ -146,10 +147,11 @@ EDGES = tuple(f32_from_bits(torch.tensor([0x43DFFFFF, 0x43E00000, 0x43E00001])).
 # --- experts ----------------------------------------------------------------------------------------------------------
 
 
-def _expert(case: Case, device: torch.device, e: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _expert(case: Case, device: torch.device, e: int) -> ExpertWeights:
     hidden, inter, clamp = case.shape.hidden, case.shape.intermediate, case.recipe.clamp
     lut = "spread" if e % 4 == 3 else "gaussian"
-    w1, w1_sf, w2, w2_sf = (t.cpu() if t.dtype == torch.float32 else t for t in expert(case, device, lut, -12, e))
+    w1, w1_sf, w2, w2_sf = expert(case, device, lut, -12, e).tensors()
+    w1_sf, w2_sf = w1_sf.cpu(), w2_sf.cpu()
 
     if e % 2 == 0:
         steps = _steps(w1)
@@ -176,7 +178,7 @@ def _expert(case: Case, device: torch.device, e: int) -> tuple[Tensor, Tensor, T
             w1[j * GROUP : (j + 1) * GROUP] = 0
 
     _make_sparse(case, e, w2, w2_sf)
-    return w1, w1_sf.to(device), w2, w2_sf.to(device)
+    return e4m3(w1, w1_sf.to(device), w2, w2_sf.to(device))
 
 
 def _steps(codes: Tensor) -> Tensor:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import functools
 import statistics
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from megaproof.quant import philox
 from megaproof.quant.formats import E4M3, f32_from_bits, pow2
+from megaproof.reference.operands import Weights
 
 X_CODES, X_SF, TOPK, TOPK_WEIGHTS, MASK, W1_CODES, W1_SF, W2_CODES, W2_SF, CHOICE, SPARSE = range(1, 12)
 """Streams of the generator, one a purpose; the low half of a stream is the rank or the expert."""
 
-Weights = Callable[[int], tuple[Tensor, Tensor, Tensor, Tensor]]
 Drawn = tuple[list[Tensor], list[Tensor], list[Tensor], Weights]
 """What a family makes: x, x_sf and topk_weights, lists by rank, and weights(e)."""
 

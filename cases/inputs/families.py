@@ -32,6 +32,7 @@ from megaproof.cases.inputs.draws import (
 from megaproof.quant import philox
 from megaproof.quant.cast import BLOCK
 from megaproof.quant.twin import codes
+from megaproof.reference.operands import ExpertWeights, e4m3
 
 if TYPE_CHECKING:
     from megaproof.cases.cases import Case
@@ -63,12 +64,10 @@ def draw_scales(case: Case, purpose: int, index: int, rows: int, columns: int, e
     return scales(case.seed, stream(purpose, index), grid[0] * grid[1], exponent).reshape(grid)
 
 
-def expert(
-    case: Case, device: torch.device, lut: str, w2_exponent: int, e: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def expert(case: Case, device: torch.device, lut: str, w2_exponent: int, e: int) -> ExpertWeights:
     """One expert's codes and scales, nothing special about them."""
     hidden, inter = case.shape.hidden, case.shape.intermediate
-    return (
+    return e4m3(
         draw_codes(case, W1_CODES, e, lut, (2 * inter, hidden), device),
         draw_scales(case, W1_SF, e, 2 * inter, hidden, first_exponent(hidden)).to(device),
         draw_codes(case, W2_CODES, e, lut, (hidden, inter), device),
@@ -104,11 +103,11 @@ def _mixed_tokens(case: Case, rank: int, device: torch.device) -> tuple[Tensor, 
     return x, x_sf.to(device)
 
 
-def _mixed_expert(case: Case, device: torch.device, e: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    w1, w1_sf, w2, w2_sf = expert(case, device, "spread" if e % 4 == 3 else "gaussian", -12, e)
+def _mixed_expert(case: Case, device: torch.device, e: int) -> ExpertWeights:
+    made = expert(case, device, "spread" if e % 4 == 3 else "gaussian", -12, e)
     zero = 5 * e % (case.shape.intermediate // ZERO_GROUP) * ZERO_GROUP
-    w1[zero : zero + ZERO_GROUP] = 0
-    return w1, w1_sf, w2, w2_sf
+    made.l1.codes[zero : zero + ZERO_GROUP] = 0
+    return made
 
 
 def _mixed_weights(case: Case, rank: int) -> Tensor:
@@ -131,10 +130,11 @@ def make_gaussian(case: Case, topk_idx: list[Tensor], device: torch.device) -> D
         grid = tokens, shape.hidden // BLOCK
         x_sf.append(_one_binade(case, X_SF, rank, grid, -9).to(device))
 
-    def weights(e: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        w1, w1_sf, w2, w2_sf = expert(case, device, "gaussian", -12, e)
-        w1_sf = _one_binade(case, W1_SF, e, tuple(w1_sf.shape), first_exponent(shape.hidden) - 1).to(device)
-        return w1, w1_sf, w2, _one_binade(case, W2_SF, e, tuple(w2_sf.shape), -12).to(device)
+    def weights(e: int) -> ExpertWeights:
+        l1, l2 = expert(case, device, "gaussian", -12, e)
+        w1_sf = _one_binade(case, W1_SF, e, tuple(l1.scales.shape), first_exponent(shape.hidden) - 1)
+        w2_sf = _one_binade(case, W2_SF, e, tuple(l2.scales.shape), -12)
+        return ExpertWeights(l1._replace(scales=w1_sf.to(device)), l2._replace(scales=w2_sf.to(device)))
 
     return x, x_sf, [_positive(case, rank).to(device) for rank in range(case.ranks)], weights
 
@@ -165,14 +165,11 @@ def make_heavy_tail(case: Case, topk_idx: list[Tensor], device: torch.device) ->
         plain = scales(case.seed, stream(X_SF, rank), grid[0] * grid[1], -7).reshape(grid)
         x_sf.append((plain * _tail(case, X_SF, rank, grid, 7)).to(device))
 
-    def weights(e: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        w1, w1_sf, w2, w2_sf = expert(case, device, "heavy", -9, e)
-        return (
-            w1,
-            w1_sf * _tail(case, W1_SF, e, tuple(w1_sf.shape), 5).to(device),
-            w2,
-            w2_sf * _tail(case, W2_SF, e, tuple(w2_sf.shape), 5).to(device),
-        )
+    def weights(e: int) -> ExpertWeights:
+        l1, l2 = expert(case, device, "heavy", -9, e)
+        w1_sf = l1.scales * _tail(case, W1_SF, e, tuple(l1.scales.shape), 5).to(device)
+        w2_sf = l2.scales * _tail(case, W2_SF, e, tuple(l2.scales.shape), 5).to(device)
+        return ExpertWeights(l1._replace(scales=w1_sf), l2._replace(scales=w2_sf))
 
     topk_weights = []
     for rank, tokens in enumerate(case.tokens):

@@ -18,7 +18,6 @@ checks every one of these claims.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +25,7 @@ import torch
 from torch import Tensor
 
 from megaproof.quant import philox, twin
+from megaproof.reference.operands import ExpertWeights, Weights, e4m3
 
 BLOCK, GROUP = 128, 64
 ONE, MINUS_ONE = 0x38, 0xB8
@@ -40,8 +40,6 @@ UP_TERMS = (8, 3)
 
 # Streams of the generator: what is drawn << 40, plus the expert or the rank.
 PLAN, FREE, CLASS, TOKEN_SCALE, ROUTING, W1, W1_SIGNAL, W2, W_SCALE = (0x1A77 << 48 | i << 40 for i in range(9))
-
-Weights = Callable[[int], tuple[Tensor, Tensor, Tensor, Tensor]]
 
 SIGNS = torch.tensor([ONE] * 96 + [MINUS_ONE] * 96 + [0] * 64, dtype=torch.uint8)
 """A random byte -> a code: 1 and -1 with 3/8 each, 0 with 1/4."""
@@ -82,8 +80,8 @@ def make_lattice(
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], Weights]:
     """x uint8 [T_r,H], x_sf float32 [T_r,H/128], topk_weights float32 [T_r,K], lists by rank, and weights(e).
 
-    topk_idx int64 [T_r,K] is given, -1 = masked. weights(e) -> (w1 uint8 [2I,H], w1_sf float32 [2I/128,H/128],
-    w2 uint8 [H,I], w2_sf float32 [H/128,I/128]) for the global expert e, made on demand. All devices: the same bytes.
+    topk_idx int64 [T_r,K] is given, -1 = masked. weights(e) makes the two matrices of expert e of the layer on demand.
+    All devices: the same bytes.
     Raises ValueError when sizes are not multiples of 128 or do not match.
     """
     for name, value in (("hidden", hidden), ("intermediate", intermediate)):
@@ -103,7 +101,7 @@ def make_lattice(
         x_sf.append(_pow2(offset.unsqueeze(1) + plan.x_exp).to(device))
         topk_weights.append(_routing_weights(seed, rank, tokens, topk).to(device))
 
-    def weights(expert: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def weights(expert: int) -> ExpertWeights:
         if not 0 <= expert < experts:
             raise ValueError(f"expert = {expert} must be in [0, {experts})")
         return make_expert(plan, expert, device)
@@ -130,7 +128,7 @@ def make_plan(hidden: int, intermediate: int, seed: int) -> Plan:
     return Plan(seed, hidden, intermediate, source, doubled, x_exp, fields, single)
 
 
-def make_expert(plan: Plan, expert: int, device: torch.device | str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def make_expert(plan: Plan, expert: int, device: torch.device | str) -> ExpertWeights:
     """One expert's weights: noise that cancels over each pair, and the pairs that count."""
     seed, hidden, intermediate = plan.seed, plan.hidden, plan.intermediate
     pairs, lut = hidden // 2, SIGNS.to(device)
@@ -148,7 +146,7 @@ def make_expert(plan: Plan, expert: int, device: torch.device | str) -> tuple[Te
     rows_exp = torch.cat([5 + gate, -up])  # gates are multiples of 2^5 = 32; ups stay within 28
     w1_exp = rows_exp.unsqueeze(1) + (plan.doubled - plan.x_exp)
     w2_exp = _draw(seed, W_SCALE, 2 * expert + 1, outer * inner, 4).view(outer, inner) - 4
-    return w1, _pow2(w1_exp).to(device), w2, _pow2(w2_exp).to(device)
+    return e4m3(w1, _pow2(w1_exp).to(device), w2, _pow2(w2_exp).to(device))
 
 
 def _columns(x: Tensor, index: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from megaproof.cases.inputs.draws import CHOICE, W1_SF, W2_SF, X_SF, Drawn, powe
 from megaproof.quant import atoms, philox
 from megaproof.quant.cast import BLOCK, quantise_activation
 from megaproof.quant.formats import f32_bits
+from megaproof.reference.operands import ExpertWeights, e4m3
 
 if TYPE_CHECKING:
     from megaproof.cases.cases import Case
@@ -97,7 +98,7 @@ def _columns(word: Tensor, field: Tensor, size: int) -> Tensor:
     return field + word % ((size - FIELDS) // FIELDS + 1) * FIELDS
 
 
-def _expert(case: Case, device: torch.device, e: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _expert(case: Case, device: torch.device, e: int) -> ExpertWeights:
     hidden, inter = case.shape.hidden, case.shape.intermediate
     word = philox.words(case.seed, stream(CHOICE, e), 2 * inter + hidden)
     w1_exp = _exponents(case, W1_SF, e, 2 * inter // BLOCK, hidden // BLOCK)
@@ -116,7 +117,7 @@ def _expert(case: Case, device: torch.device, e: int) -> tuple[Tensor, Tensor, T
     value = group[column] - w2_exp[rows // BLOCK, column // BLOCK]
     w2 = torch.zeros(hidden, inter, dtype=torch.uint8, device=device)
     w2[rows.to(device), column.to(device)] = atoms.encode_e4m3(powers(value)).to(device)
-    return w1, powers(w1_exp).to(device), w2, powers(w2_exp).to(device)
+    return e4m3(w1, powers(w1_exp).to(device), w2, powers(w2_exp).to(device))
 
 
 def region(case: Case, e: int) -> tuple[int, int]:

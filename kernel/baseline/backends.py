@@ -21,7 +21,8 @@ from megaproof.kernel.baseline import grouped
 from megaproof.quant import twin
 from megaproof.quant.recipe import Recipe, RecipeError
 from megaproof.reference import gemm, scatter
-from megaproof.reference.arguments import Weights, check_weights
+from megaproof.reference.arguments import check_weights
+from megaproof.reference.operands import ExpertWeights, Operand, Weights
 from megaproof.toolchain.errors import EnvironmentMissing
 
 PEERS = ("deep_gemm", "deep_ep")
@@ -65,24 +66,22 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Stacked:
-    """The weights of E experts on a device: w1 [E,2I,H], w1_sf [E,2I/128,H/128], w2 [E,H,I], w2_sf [E,H/128,I/128]."""
+    """The weights of E experts on a device, one operand a GEMM with E in front: codes [E,2I,H] and [E,H,I]."""
 
-    w1: Tensor
-    w1_sf: Tensor
-    w2: Tensor
-    w2_sf: Tensor
+    l1: Operand
+    l2: Operand
 
     @classmethod
-    def of(cls, weights: Weights, sizes: Sizes) -> Stacked:
+    def of(cls, recipe: Recipe, weights: Weights, sizes: Sizes) -> Stacked:
         """Asks for each expert once. Raises `ArgumentError` where its tensors do not fit."""
         stacks: tuple[Tensor, ...] = ()
         for e in range(sizes.experts):
-            tensors = weights(e)
-            check_weights(e, tensors, sizes.hidden)
-            stacks = stacks or tuple(t.new_empty(sizes.experts, *t.shape) for t in tensors)
-            for stack, tensor in zip(stacks, tensors, strict=True):
+            found = weights(e)
+            check_weights(recipe, e, found, sizes.hidden)
+            stacks = stacks or tuple(t.new_empty(sizes.experts, *t.shape) for t in found.tensors())
+            for stack, tensor in zip(stacks, found.tensors(), strict=True):
                 stack[e] = tensor
-        return cls(*stacks)
+        return cls(Operand(*stacks[:2]), Operand(*stacks[2:]))
 
 
 class Exact:
@@ -98,8 +97,7 @@ class Exact:
         dtype = torch.bfloat16 if self._recipe.l1_rounding == "bf16" else torch.float32
         out = torch.zeros(acts.shape[0], 2 * self._sizes.intermediate, dtype=dtype, device=acts.device)
         for e, rows in _busy(offsets):
-            w1, w1_sf, _, _ = self._expert(e)
-            halves = gemm.l1(self._recipe, acts[rows], acts_sf[rows], w1, w1_sf, self._arith)
+            halves = gemm.l1(self._recipe, acts[rows], acts_sf[rows], self._expert(e).l1, self._arith)
             out[rows] = torch.cat(halves, dim=1).to(dtype)
         return out
 
@@ -107,15 +105,14 @@ class Exact:
         """See `GroupedGemm.l2`."""
         out = torch.zeros(acts.shape[0], self._sizes.hidden, dtype=torch.bfloat16, device=acts.device)
         for e, rows in _busy(offsets):
-            _, _, w2, w2_sf = self._expert(e)
-            total = gemm.l2(self._recipe, acts[rows], acts_sf[rows], w2, w2_sf, self._arith)
+            total = gemm.l2(self._recipe, acts[rows], acts_sf[rows], self._expert(e).l2, self._arith)
             out[rows] = scatter.to_slot(total, self._arith)
         return out
 
-    def _expert(self, e: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        tensors = self._weights(e)
-        check_weights(e, tensors, self._sizes.hidden)
-        return tensors
+    def _expert(self, e: int) -> ExpertWeights:
+        found = self._weights(e)
+        check_weights(self._recipe, e, found, self._sizes.hidden)
+        return found
 
 
 def _busy(offsets: Tensor) -> list[tuple[int, slice]]:
@@ -132,21 +129,21 @@ class TensorCore:
 
         self.name = f"triton {triton.__version__}"
         self._dtype = torch.bfloat16 if recipe.l1_rounding == "bf16" else torch.float32
-        self._weights = Stacked.of(weights, sizes)
+        self._weights = Stacked.of(recipe, weights, sizes)
 
     def l1(self, acts: Tensor, acts_sf: Tensor, offsets: Tensor) -> Tensor:
         """See `GroupedGemm.l1`."""
-        return self._run(acts, acts_sf, self._weights.w1, self._weights.w1_sf, offsets, self._dtype)
+        return self._run(acts, acts_sf, self._weights.l1, offsets, self._dtype)
 
     def l2(self, acts: Tensor, acts_sf: Tensor, offsets: Tensor) -> Tensor:
         """See `GroupedGemm.l2`."""
-        return self._run(acts, acts_sf, self._weights.w2, self._weights.w2_sf, offsets, torch.bfloat16)
+        return self._run(acts, acts_sf, self._weights.l2, offsets, torch.bfloat16)
 
-    def _run(self, a: Tensor, a_sf: Tensor, w: Tensor, w_sf: Tensor, offsets: Tensor, dtype: torch.dtype) -> Tensor:
+    def _run(self, a: Tensor, a_sf: Tensor, w: Operand, offsets: Tensor, dtype: torch.dtype) -> Tensor:
         rows = a.shape[0]
-        out = torch.empty(rows, w.shape[1], dtype=dtype, device=a.device)
-        tile = grouped.tile_rows(rows, w.shape[0])
-        grouped.grouped_gemm(a, a_sf, w, w_sf, grouped.tile_table(offsets, rows, tile), tile, out)
+        out = torch.empty(rows, w.codes.shape[1], dtype=dtype, device=a.device)
+        tile = grouped.tile_rows(rows, w.codes.shape[0])
+        grouped.grouped_gemm(a, a_sf, w.codes, w.scales, grouped.tile_table(offsets, rows, tile), tile, out)
         return out
 
 
@@ -162,18 +159,18 @@ class DeepGemm:
             )
         self._library = _deep_gemm()
         self.name = f"deep_gemm {peers()['deep_gemm']}"
-        self._weights = Stacked.of(weights, sizes)
+        self._weights = Stacked.of(recipe, weights, sizes)
 
     def l1(self, acts: Tensor, acts_sf: Tensor, offsets: Tensor) -> Tensor:
         """See `GroupedGemm.l1`."""
-        return self._run(acts, acts_sf, self._weights.w1, self._weights.w1_sf, offsets)
+        return self._run(acts, acts_sf, self._weights.l1, offsets)
 
     def l2(self, acts: Tensor, acts_sf: Tensor, offsets: Tensor) -> Tensor:
         """See `GroupedGemm.l2`."""
-        return self._run(acts, acts_sf, self._weights.w2, self._weights.w2_sf, offsets)
+        return self._run(acts, acts_sf, self._weights.l2, offsets)
 
-    def _run(self, a: Tensor, a_sf: Tensor, w: Tensor, w_sf: Tensor, offsets: Tensor) -> Tensor:
-        rows, experts = a.shape[0], w.shape[0]
+    def _run(self, a: Tensor, a_sf: Tensor, w: Operand, offsets: Tensor) -> Tensor:
+        rows, experts = a.shape[0], w.codes.shape[0]
         align = self._library.get_mk_alignment_for_contiguous_layout()
         room = (offsets.diff() + align - 1) // align * align
         first = room.cumsum(0) - room  # of each expert, in the padded pool
@@ -189,8 +186,8 @@ class DeepGemm:
         owner = torch.full((padded + 1,), -1, dtype=torch.int32, device=a.device)
         owner = owner.index_copy_(0, place % (padded + 1), torch.where(place < 0, -1, expert).to(torch.int32))
         lhs = (a[source[:-1]].view(torch.float8_e4m3fn), a_sf[source[:-1]])
-        out = torch.empty(padded, w.shape[1], dtype=torch.bfloat16, device=a.device)
-        rhs = (w.view(torch.float8_e4m3fn), w_sf)
+        out = torch.empty(padded, w.codes.shape[1], dtype=torch.bfloat16, device=a.device)
+        rhs = (w.codes.view(torch.float8_e4m3fn), w.scales)
         self._library.m_grouped_fp8_gemm_nt_contiguous(lhs, rhs, out, owner[:-1])
         return out[place.clamp(min=0)]
 

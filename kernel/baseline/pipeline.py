@@ -13,7 +13,8 @@ from torch import Tensor
 from megaproof.kernel.baseline import swiglu
 from megaproof.kernel.baseline.backends import BACKENDS, GroupedGemm, Sizes
 from megaproof.quant.recipe import Recipe, RecipeError
-from megaproof.reference.arguments import Weights, check
+from megaproof.reference.arguments import check
+from megaproof.reference.operands import Weights
 
 COLUMNS = 1024
 """Columns of one program of the combine."""

@@ -144,8 +144,11 @@ class MegaproofAdapter:
     @staticmethod
     def _rank_weights(prepared: Prepared, rank: int, local: int) -> tuple:
         experts = map(prepared.inputs.weights, range(rank * local, (rank + 1) * local))
-        w1, w1_sf, w2, w2_sf = (torch.stack(part) for part in zip(*experts, strict=True))
-        return api.transform_weights_for_mega_moe_sm90((w1.view(FP8), w1_sf), (w2.view(FP8), w2_sf))
+        l1, l2 = (
+            (torch.stack([w.codes for w in layer]).view(FP8), torch.stack([w.scales for w in layer]))
+            for layer in zip(*experts, strict=True)
+        )
+        return api.transform_weights_for_mega_moe_sm90(l1, l2)
 
     @property
     def _buffer(self) -> Any:

@@ -21,8 +21,9 @@ from megaproof.quant.cast import BLOCK, group_amax
 from megaproof.quant.formats import f32_bits, f32_from_bits, pow2
 from megaproof.quant.recipe import Recipe
 from megaproof.reference import gemm, layout, swiglu
-from megaproof.reference.arguments import Weights, check
+from megaproof.reference.arguments import check
 from megaproof.reference.layer import moe_layer
+from megaproof.reference.operands import ExpertWeights, Weights
 
 
 class ExplainError(ValueError):
@@ -98,7 +99,7 @@ class _Slot:
     weight: Tensor
     acts: Tensor
     acts_sf: Tensor
-    tensors: tuple[Tensor, Tensor, Tensor, Tensor]
+    weights: ExpertWeights
 
 
 def explain(
@@ -182,14 +183,14 @@ def _routes(chosen: list[int], factors: Tensor, rank: int, token: int, local: in
 def _through_expert(recipe: Recipe, slot: _Slot, question: Question) -> tuple[list[Section], Tensor]:
     """Eq. (2) to (7) of one slot: (sections, the BF16 element of its row)."""
     c, size = question.column, recipe.activation_granularity
-    w1, w1_sf, w2, w2_sf = slot.tensors
-    device, fast = w1.device, twin.arith(w1.device)
-    gate, up = gemm.l1(recipe, slot.acts[None].to(device), slot.acts_sf[None].to(device), w1, w1_sf, fast)
+    w1, w2 = slot.weights
+    device, fast = w1.codes.device, twin.arith(w1.codes.device)
+    gate, up = gemm.l1(recipe, slot.acts[None].to(device), slot.acts_sf[None].to(device), w1, fast)
     v = swiglu.activate(recipe, gate, up, slot.weight[None].to(device), fast)
     q, q_sf = swiglu.requantise(recipe, v)
-    block = slice(c // BLOCK * BLOCK, (c // BLOCK + 1) * BLOCK)
-    out = gemm.l2(recipe, q, q_sf, w2[block], w2_sf[[c // BLOCK]], fast)[0, c % BLOCK].cpu()
-    gate, up, v, q, q_sf, row, row_sf = (t.cpu() for t in (gate, up, v, q, q_sf, w2[c], w2_sf[c // BLOCK]))
+    out = gemm.l2(recipe, q, q_sf, w2.of_blocks([c // BLOCK]), fast)[0, c % BLOCK].cpu()
+    row, row_sf = w2.codes[c].cpu(), w2.scales[c // BLOCK].cpu()
+    gate, up, v, q, q_sf = (t.cpu() for t in (gate, up, v, q, q_sf))
 
     j = question.activation
     if j is None:
@@ -210,7 +211,7 @@ def _through_expert(recipe: Recipe, slot: _Slot, question: Question) -> tuple[li
 
 
 def _gemm1(recipe: Recipe, slot: _Slot, question: Question, j: int, gate: Tensor, up: Tensor) -> Section:
-    (w1, w1_sf, _, _), block = slot.tensors, question.k_block
+    (w1, w1_sf, _), block = slot.weights.l1, question.k_block
     inter, blocks = len(w1) // 2, len(slot.acts) // BLOCK
     if block is None:
         product = atoms.decode_e4m3(slot.acts) * atoms.decode_e4m3(w1[j].cpu())

@@ -48,8 +48,8 @@ def test_the_baseline_gets_the_weights_that_the_kernel_has() -> None:
     )
     assert not torch.equal(l1[0].view(torch.uint8), w1)
     found = Layer.weights(SimpleNamespace(l1=l1, l2=l2), 1)
-    assert all(torch.equal(a, b) for a, b in zip(found, (w1[1], w1_sf[1], w2[1], w2_sf[1]), strict=True))
-    assert found[0].is_contiguous()
+    assert all(torch.equal(a, b) for a, b in zip(found.tensors(), (w1[1], w1_sf[1], w2[1], w2_sf[1]), strict=True))
+    assert found.l1.codes.is_contiguous()
 
 
 def test_elements_of_other_bits() -> None:

@@ -80,7 +80,7 @@ PINNED: dict[str, tuple[str, str, str, str]] = {
 
 def weights_sha256(made: Inputs, e: int) -> str:
     digest = hashlib.sha256()
-    for tensor in made.weights(e):
+    for tensor in made.weights(e).tensors():
         digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
@@ -117,7 +117,7 @@ def test_tensors_are_what_the_layer_takes(family: str) -> None:
             tensor = getattr(made, name)[rank]
             assert (tensor.dtype, tuple(tensor.shape)) == (dtype, (tokens, columns)), name
             assert tensor.is_contiguous(), name
-    for tensor in made.weights(0):
+    for tensor in made.weights(0).tensors():
         assert tensor.is_contiguous()
 
 
@@ -131,7 +131,7 @@ def test_seed_rank_and_expert_make_a_difference(family: str) -> None:
         assert torch.equal(getattr(one, name)[1], getattr(again, name)[1]), name
         assert not torch.equal(getattr(one, name)[1], getattr(other, name)[1]), name
         assert not torch.equal(getattr(one, name)[1], getattr(one, name)[0]), name
-    own, same, reseeded, neighbour = (m.weights(e) for m, e in ((one, 2), (again, 2), (other, 2), (one, 3)))
+    own, same, reseeded, neighbour = (m.weights(e).tensors() for m, e in ((one, 2), (again, 2), (other, 2), (one, 3)))
     for i in range(4):
         assert torch.equal(own[i], same[i])
         assert not torch.equal(own[i], reseeded[i])
@@ -144,7 +144,7 @@ def test_weights_do_not_depend_on_when_they_are_asked_for(family: str) -> None:
     made = make(small(family))
     before = weights_sha256(made, 5)
     for e in (6, 5):
-        for tensor in made.weights(e):
+        for tensor in made.weights(e).tensors():
             tensor.zero_()
     assert weights_sha256(made, 5) == before
     assert weights_sha256(made, 6) != before

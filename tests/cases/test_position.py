@@ -18,6 +18,7 @@ from megaproof.quant.recipe import RECIPES
 from megaproof.quant.shapes import SHAPES
 from megaproof.reference import combine, dispatch
 from megaproof.reference.layer import LayerResult, moe_layer
+from megaproof.reference.operands import ExpertWeights, e4m3
 from megaproof.tests.support.threads import threads
 
 CASE = Case(SHAPES["smoke"], (5, 0, 19, 2), family="position", masked=30)
@@ -177,10 +178,10 @@ def test_a_scale_of_another_block_moves_digits(place: int) -> None:
     case = replace(CASE, masked=0)
     made = make(case)
 
-    def rolled(e: int) -> tuple[Tensor, ...]:
-        four = list(made.weights(e))
+    def rolled(e: int) -> ExpertWeights:
+        four = list(made.weights(e).tensors())
         four[place] = four[place].roll(1, dims=1)
-        return tuple(four)
+        return e4m3(*four)
 
     y = run(case, replace(made, weights=rolled)).y
     wrong = [decode_position(y[2][t], case) != arrivals(made, 2, t) for t in range(19)]

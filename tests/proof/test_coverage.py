@@ -92,8 +92,7 @@ def test_codes_and_classes_of_the_gate() -> None:
     assert int((magnitude == 0).all(1).sum()) == sum(TOKEN_CLASSES[t % 8] == "zero" for t in range(64)) == 8
     assert 0.4 < float((x[magnitude > 0] >= 0x80).float().mean()) < 0.6
     for e in (0, 3):
-        w1, _, w2, _ = made.weights(e)
-        assert min(len(w.unique()) for w in (w1, w2)) > (150 if e == 3 else 40)
+        assert min(len(w.codes.unique()) for w in made.weights(e)) > (150 if e == 3 else 40)
     weight = torch.cat(made.topk_weights).reshape(-1)
     assert len(weight[weight != 0].unique()) == int((weight != 0).sum()), "every slot another weight"
 
@@ -101,10 +100,10 @@ def test_codes_and_classes_of_the_gate() -> None:
 def test_scales_differ_between_experts_and_lines() -> None:
     """No two rows and no two columns of blocks are alike."""
     made = make(MAIN)
-    one, other = made.weights(1), made.weights(2)
-    for place in (1, 3):
-        assert float((one[place] == other[place]).float().mean()) < 0.1
-    for grid in (torch.cat(made.x_sf), one[1], one[3]):
+    one, other = ([w.scales for w in made.weights(e)] for e in (1, 2))
+    for own, others in zip(one, other, strict=True):
+        assert float((own == others).float().mean()) < 0.1
+    for grid in (torch.cat(made.x_sf), *one):
         for lines in (grid, grid.t()):
             assert len(lines.unique(dim=0)) == len(lines)
 
@@ -112,8 +111,7 @@ def test_scales_differ_between_experts_and_lines() -> None:
 def test_sums_reach_the_truncation_of_the_tensor_core() -> None:
     """K = 128 chains of plain tokens: few equal the correctly rounded dot product, so a float32 matmul is caught."""
     made = make(MAIN)
-    x, (w1, *_) = torch.cat(made.x)[1::8, :128], made.weights(0)
-    w = w1[1024:1280, :128]
+    x, w = torch.cat(made.x)[1::8, :128], made.weights(0).l1.codes[1024:1280, :128]
     chain = atoms.wgmma_chain(x, w)
     exact = atoms.decode_e4m3(x).double() @ atoms.decode_e4m3(w).double().t()
     assert float((chain == exact.float()).float().mean()) < 0.1
@@ -201,7 +199,7 @@ def test_a_heavy_tail_reaches_both_ends() -> None:
     coverage = assert_coverage(case, make(case), floors | {"step with a cut": 0.6})
     assert_never(coverage, *NEVER, *NEIGHBOURS)
     made = make(case)
-    w1_sf, weight = made.weights(0)[1], torch.cat(made.topk_weights)
+    w1_sf, weight = made.weights(0).l1.scales, torch.cat(made.topk_weights)
     for values, binades in ((torch.cat(made.x_sf), 7), (w1_sf, 6), (weight, 8)):
         field = f32_bits(values) >> 23
         assert int(field.max() - field.min()) >= binades
@@ -210,7 +208,7 @@ def test_a_heavy_tail_reaches_both_ends() -> None:
 def test_lattice_operands_are_the_exact_ones() -> None:
     """Codes -1, 0, 1; scales and routing weights powers of two."""
     made = make(Case(SHAPES["smoke"], (8, 3), RECIPES["no_clamp"], family="lattice"))
-    w1, w1_sf, w2, w2_sf = made.weights(0)
+    w1, w1_sf, w2, w2_sf = made.weights(0).tensors()
     for codes in (*made.x, w1, w2):
         assert set(codes.unique().tolist()) <= {0, 0x38, 0xB8}
     for values in (*made.x_sf, w1_sf, w2_sf, *made.topk_weights):

@@ -10,17 +10,19 @@ import pytest
 import torch
 from torch import Tensor
 
+from megaproof.quant.formats import E2M1
 from megaproof.quant.recipe import Recipe, RecipeError
 from megaproof.reference.arguments import ArgumentError, check
 from megaproof.reference.layer import moe_layer
+from megaproof.reference.operands import ExpertWeights, e4m3
 
 RANKS, HIDDEN, INTER, TOPK, EXPERTS, TOKENS = 2, 256, 128, 2, 4, (3, 1)
 
 U8, F32 = {"dtype": torch.uint8}, {"dtype": torch.float32}
 
 
-def weights(e: int) -> tuple[Tensor, ...]:
-    return (
+def weights(e: int) -> ExpertWeights:
+    return e4m3(
         torch.zeros(2 * INTER, HIDDEN, **U8),
         torch.ones(2 * INTER // 128, HIDDEN // 128),
         torch.zeros(HIDDEN, INTER, **U8),
@@ -62,11 +64,11 @@ def index(value: int) -> dict[str, Any]:
 
 
 def returned(place: int, tensor: Tensor) -> dict[str, Any]:
-    def other(e: int) -> tuple[Tensor, ...]:
-        four = list(weights(e))
+    def other(e: int) -> ExpertWeights:
+        four = list(weights(e).tensors())
         if e == 1:
             four[place] = tensor
-        return tuple(four)
+        return e4m3(*four)
 
     return changed("weights", other)
 
@@ -131,8 +133,14 @@ BAD: dict[str, tuple[Callable[[], dict[str, Any]], str, str, str]] = {
         "[0, 0]",
         "must be",
     ),
-    "weights list": (lambda: changed("weights", lambda e: list(weights(e))), "weights(0)", "", "must return the tuple"),
-    "weights three": (lambda: changed("weights", lambda e: weights(e)[:3]), "weights(0)", "", "must return the tuple"),
+    "weights list": (lambda: changed("weights", lambda e: list(weights(e))), "weights(0)", "", "ExpertWeights"),
+    "four tensors": (lambda: changed("weights", lambda e: weights(e).tensors()), "weights(0)", "", "ExpertWeights"),
+    "weights of another format": (
+        lambda: changed("weights", lambda e: weights(e)._replace(l2=weights(e).l2._replace(format=E2M1))),
+        "weights(0) l2.format",
+        "E2M1",
+        "the recipe's is e4m3",
+    ),
     "weights None": (lambda: changed("weights", None), "weights", "None", "must be"),
     "intermediate 192": (
         lambda: returned(2, torch.zeros(HIDDEN, 192, **U8)),
@@ -142,44 +150,44 @@ BAD: dict[str, tuple[Callable[[], dict[str, Any]], str, str, str]] = {
     ),
     "w1 dtype": (
         lambda: returned(0, torch.zeros(2 * INTER, HIDDEN)),
-        "weights(1) w1",
+        "weights(1) l1.codes",
         "torch.float32",
         "torch.uint8 [256, 256]",
     ),
     "w1 half": (
         lambda: returned(0, torch.zeros(INTER, HIDDEN, **U8)),
-        "weights(1) w1",
+        "weights(1) l1.codes",
         "[128, 256]",
         "torch.uint8 [256, 256]",
     ),
     "w1 strided": (
         lambda: returned(0, torch.zeros(HIDDEN, 2 * INTER, **U8).t()),
-        "weights(1) w1",
+        "weights(1) l1.codes",
         "strides",
         "must be contiguous",
     ),
     "w1_sf per row": (
         lambda: returned(1, torch.ones(2 * INTER, 2)),
-        "weights(1) w1_sf",
+        "weights(1) l1.scales",
         "[256, 2]",
         "torch.float32 [2, 2]",
     ),
     "w1_sf strided": (
         lambda: returned(1, torch.ones(2, 2).t()),
-        "weights(1) w1_sf",
+        "weights(1) l1.scales",
         "strides (1, 2)",
         "must be contiguous",
     ),
-    "w2 no tensor": (lambda: returned(2, None), "weights(1) w2", "None", "must be a 2-D tensor"),
+    "w2 no tensor": (lambda: returned(2, None), "weights(1) l2.codes", "None", "must be a 2-D tensor"),
     "w2 rows": (
         lambda: returned(2, torch.zeros(INTER, INTER, **U8)),
-        "weights(1) w2",
+        "weights(1) l2.codes",
         "[128, 128]",
         "torch.uint8 [256, 128]",
     ),
     "w2_sf dtype": (
         lambda: returned(3, torch.ones(2, 1, dtype=torch.float64)),
-        "weights(1) w2_sf",
+        "weights(1) l2.scales",
         "torch.float64",
         "torch.float32 [2, 1]",
     ),
@@ -213,10 +221,10 @@ def test_an_error_leaves_stats_alone() -> None:
 
 
 def test_experts_may_not_differ_in_their_intermediate_size() -> None:
-    def other(e: int) -> tuple[Tensor, ...]:
+    def other(e: int) -> ExpertWeights:
         if e != 1:
             return weights(e)
-        return (
+        return e4m3(
             torch.zeros(512, HIDDEN, **U8),
             torch.ones(4, HIDDEN // 128),
             torch.zeros(HIDDEN, 256, **U8),

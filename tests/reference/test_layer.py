@@ -186,7 +186,7 @@ def test_a_duplicate_expert_counts_twice() -> None:
 def test_inputs_are_not_written() -> None:
     made = make(Case(SMALL, (5, 2), masked=30))
     kept = {e: made.weights(e) for e in range(8)}
-    everything = [t for part in made.arguments()[:4] for t in part] + [t for four in kept.values() for t in four]
+    everything = [t for part in made.arguments()[:4] for t in part] + [t for w in kept.values() for t in w.tensors()]
     stats = [torch.full((4,), 7, dtype=torch.int32) for _ in range(2)]
     before = digest(everything + stats)
     moe_layer(Recipe(), *made.arguments()[:4], kept.__getitem__, stats=stats, trace=True)

@@ -18,6 +18,7 @@ from megaproof.quant.shapes import SHAPES, Shape
 from megaproof.reference.arguments import ArgumentError, Dimensions
 from megaproof.reference.exchange import Exchange, ExchangeError, lockstep, pack, unpack
 from megaproof.reference.layer import LayerResult, moe_layer
+from megaproof.reference.operands import ExpertWeights
 from megaproof.reference.ranks import RankResult, gather, rank_layer, run_ranks
 from megaproof.reference.stages import STAGES
 from megaproof.tests.support import tiny
@@ -150,7 +151,7 @@ def test_a_rank_asks_for_its_own_experts_alone() -> None:
     made, asked = inputs.make(CASE), {rank: set() for rank in range(4)}
 
     def work(exchange: Exchange, rank: int) -> RankResult:
-        def weights(e: int) -> tuple[Tensor, ...]:
+        def weights(e: int) -> ExpertWeights:
             asked[rank].add(e)
             return made.weights(e)
 
@@ -227,7 +228,7 @@ def test_pack_and_unpack() -> None:
 def test_a_rank_that_raises_ends_the_others() -> None:
     made = inputs.make(CASE)
 
-    def weights(e: int) -> tuple[Tensor, ...]:
+    def weights(e: int) -> ExpertWeights:
         if e // 2 == 1:
             raise OSError(f"no weights of expert {e}")
         return made.weights(e)

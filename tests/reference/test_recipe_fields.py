@@ -98,8 +98,8 @@ def test_every_field_is_alive_at_full_size(family: str) -> None:
     routed = torch.cat(made.topk_idx)
     e = int(torch.bincount(routed[routed >= 0], minlength=experts).argmax())
     own = [torch.where(idx == e, idx, -1) for idx in made.topk_idx]
-    four = made.weights(e)
-    seen = flips(dataclasses.replace(made, topk_idx=own, weights=lambda _: four), experts)
+    kept = made.weights(e)
+    seen = flips(dataclasses.replace(made, topk_idx=own, weights=lambda _: kept), experts)
     print(f"{case.id}, expert {e}, {int((routed == e).sum())} rows: {seen}")
     assert seen == FIRST_STAGE | EXCEPT[family]
 

@@ -1,4 +1,5 @@
-"""Small cases of one rank for the oracle's tests: [x, x_sf, topk_idx, topk_weights, weights]."""
+"""Small cases of one rank for the oracle's tests: [x, x_sf, topk_idx, topk_weights, weights]. The oracle knows none of
+our types: its weights are four tensors an expert."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from megaproof.cases.inputs.lattice import make_lattice
 from megaproof.quant import philox
 from megaproof.quant.recipe import Recipe
 from megaproof.reference.layer import moe_layer
+from megaproof.reference.operands import e4m3, plain
 
 HIDDEN, INTER, EXPERTS, TOPK = 512, 256, 8, 4
 
@@ -24,7 +26,7 @@ def lattice_case(tokens: int = 5, hidden: int = HIDDEN, inter: int = INTER, seed
     idx[1, 1] = -1
     x, x_sf, topk_weights, weights = make_lattice(hidden, inter, EXPERTS, TOPK, [tokens], [idx], seed)
     topk_weights[0][1, 1] = 1.0  # what a kernel that ignores the mask would add
-    return [x[0], x_sf[0], idx, topk_weights[0], functools.cache(weights)]
+    return [x[0], x_sf[0], idx, topk_weights[0], functools.cache(plain(weights))]
 
 
 class Draw:
@@ -67,7 +69,7 @@ def mixed_case(tokens: int = 6, seed: int = 1, code: str = "gaussian") -> list:
 
 def model_y(recipe: Recipe, case: list) -> Tensor:
     x, x_sf, idx, topk_weights, weights = case
-    return moe_layer(recipe, [x], [x_sf], [idx], [topk_weights], weights, experts=EXPERTS).y[0]
+    return moe_layer(recipe, [x], [x_sf], [idx], [topk_weights], lambda e: e4m3(*weights(e)), experts=EXPERTS).y[0]
 
 
 def choices(recipe: Recipe) -> dict:

@@ -7,7 +7,6 @@ to column (h + e + 1) mod 128, its scale is 2^-e: an output tells token, expert 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,14 +14,13 @@ from torch import Tensor
 
 from megaproof.quant.formats import E4M3
 from megaproof.quant.recipe import RECIPES, Recipe
+from megaproof.reference.operands import ExpertWeights, Weights, e4m3
 
 H = 128
 SENTINEL = 96
 GATE = 64.0
 """silu(64) = 64, exactly, in both modes; no clamp."""
 RECIPE: Recipe = RECIPES["no_clamp"]
-
-Weights = Callable[[int], tuple[Tensor, Tensor, Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -52,13 +50,13 @@ def token(number: int) -> Tensor:
     return row
 
 
-def expert(e: int, gate: float = GATE) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(w1 uint8 [2H, H], w1_sf [2, 1], w2 uint8 [H, H], w2_sf [1, 1])."""
+def expert(e: int, gate: float = GATE) -> ExpertWeights:
+    """[2H, H] and [H, H]."""
     gates = torch.zeros(H, H)
     gates[:, SENTINEL] = gate
     down = torch.eye(H).roll(e + 1, dims=1)  # row h listens to column h + e + 1
     w1 = codes(torch.cat([gates, torch.eye(H)]))
-    return w1, torch.ones(2, 1), codes(down), torch.full((1, 1), 2.0**-e)
+    return e4m3(w1, torch.ones(2, 1), codes(down), torch.full((1, 1), 2.0**-e))
 
 
 def layer(topk_idx: list[list[list[int]]], topk_weights: list[list[list[float]]], weights: Weights = expert) -> Layer:

@@ -24,6 +24,7 @@ from megaproof.kernel.baseline import Baseline, Result, backends, claims, groupe
 from megaproof.kernel.baseline import swiglu as fused
 from megaproof.proof.adapters import Prepared
 from megaproof.proof.adapters import make as load
+from megaproof.reference.operands import Operand, plain
 from megaproof.toolchain.errors import EnvironmentMissing
 
 CLAIMED = [case for case in SMOKE if claims(case.recipe) is None]
@@ -127,8 +128,8 @@ class FakeDeepGemm(ModuleType):
             assert len(experts) <= 1, "a block of rows belongs to one expert"
             for e in experts:
                 rows = slice(block, block + 16)
-                a, w = lhs[0][rows].view(torch.uint8), rhs[0][e].view(torch.uint8)
-                total = gemm.promoted(a, lhs[1][rows], w, rhs[1][e], 128, twin.arith())
+                a, w = lhs[0][rows].view(torch.uint8), Operand(rhs[0][e].view(torch.uint8), rhs[1][e])
+                total = gemm.promoted(a, lhs[1][rows], w, 128, twin.arith())
                 out[rows] = twin.arith().encode_bf16(total)
 
 
@@ -173,7 +174,7 @@ def test_triton_gemms_are_inside_the_fp64_bound(case: Case) -> None:
     rank = next(rank for rank in range(case.ranks) if case.tokens[rank])
     y64, bound = oracle.fp64_layer(
         *(tensors[rank] for tensors in made.arguments()[:4]),
-        made.weights,
+        plain(made.weights),
         torch.tensor([case.tokens[rank] - 1]),
         columns,
         clamp=recipe.clamp,

@@ -10,6 +10,7 @@ from megaproof.cases.inputs.draws import code_lut, scales
 from megaproof.kernel.programs import dense
 from megaproof.quant import philox, twin
 from megaproof.reference import gemm
+from megaproof.reference.operands import Operand
 
 SHAPES = [(128, 128, 128), (128, 256, 512), (384, 1152, 1024), (1024, 4096, 4096), (640, 4096, 2048)]
 """M, N, K: half a tile, one stage; a tile, as many stages as the ring has; a half tile last; both GEMMs of a layer."""
@@ -46,7 +47,7 @@ def test_sizes_are_refused_by_name(bad: tuple[int, int, int]) -> None:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_tensor_core_gemm_equals_the_model(shape: tuple[int, int, int], kind: str, group: int) -> None:
     a, a_sf, b, b_sf = operands(*shape, group, kind, "cuda")
-    expected = gemm.promoted(a, a_sf, b, b_sf, group, twin.arith("cuda"))
+    expected = gemm.promoted(a, a_sf, Operand(b, b_sf), group, twin.arith("cuda"))
     out = torch.full_like(expected, float("nan"))
     actual = dense.dense(a, a_sf.t().contiguous(), b, b_sf, group, out)
     wrong = expected.view(torch.int32) != actual.view(torch.int32)

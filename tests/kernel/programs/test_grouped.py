@@ -7,16 +7,15 @@ import ctypes
 import pytest
 import torch
 
-from megaproof.cases import inputs
 from megaproof.cases.cases import Case
 from megaproof.cases.compare import same
+from megaproof.cases.run import run_case
 from megaproof.kernel.host.weights import w1_rows
 from megaproof.kernel.programs import grouped
 from megaproof.quant import twin
 from megaproof.quant.recipe import RECIPES, Recipe, RecipeError
 from megaproof.quant.shapes import SHAPES
 from megaproof.reference import dispatch
-from megaproof.reference.layer import moe_layer
 
 RECIPES_OF_THE_KERNEL = {
     f"clamp{clamp}-{silu}": Recipe(clamp=clamp, silu=silu)
@@ -49,12 +48,13 @@ def test_other_recipes_are_refused_by_field(name: str) -> None:
 
 def compare(case: Case) -> int:
     """Runs one rank's rows through both kernels and compares them with the layer's trace; returns bytes compared."""
-    made = inputs.make(case, "cuda")
-    trace = moe_layer(case.recipe, *made.arguments(), trace=True, experts=case.shape.experts).trace
+    run = run_case(case, "cuda")
+    made, trace = run.inputs, run.trace
     where = dispatch.routes(made.topk_idx)
     pool = grouped.make_pool(where.expert)
     experts = int(where.expert.max()) + 1
-    w1, w1_sf, w2, w2_sf = (torch.stack(t) for t in zip(*map(made.weights, range(experts)), strict=True))
+    four = (made.weights(e).tensors() for e in range(experts))
+    w1, w1_sf, w2, w2_sf = (torch.stack(part) for part in zip(*four, strict=True))
 
     def in_pool(rows: torch.Tensor) -> torch.Tensor:
         out = torch.full((pool.size, *rows.shape[1:]), 0x55, dtype=torch.uint8, device="cuda").to(rows.dtype)
