@@ -22,7 +22,6 @@ from megaproof.proof.adapters.emulated import EmulatedAdapter
 from megaproof.proof.adapters.megaproof import MegaproofAdapter
 from megaproof.reference import layout
 from megaproof.reference.layer import LayerResult
-from megaproof.reference.stages import POOL_STAGES
 
 GUARD = 0xA5
 ROWS, COUNTS = 16, 64
@@ -157,7 +156,7 @@ def _unused(case: Case, made: Inputs, wanted: LayerResult, rank: int, views: Ran
     """What a batch has no rows for, of the fields that a launch writes."""
     tokens, local = case.tokens[rank], case.shape.experts_per_rank(case.ranks)
     used = sum(aligned(rows, BLOCK_M) for rows in wanted.stats[rank].tolist())
-    unused = {name: getattr(views, name)[used:] for name in POOL_STAGES}
+    unused = {name: getattr(views, name)[used:] for name in names_of("ring")}
     groups = case.shape.intermediate // case.recipe.activation_granularity
     if groups < views.l2_acts_sf.shape[1]:  # of 128 columns a scale: half of the memory
         unused["the other half of l2_acts_sf"] = views.l2_acts_sf[:, groups:]

@@ -101,7 +101,7 @@ def through_experts(
     check_source(weights)
     hidden, device = l1_acts.shape[1], l1_acts.device
 
-    def expert(e: int) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    def expert(e: int) -> tuple[Tensor, int, dict[str, Tensor], Tensor]:
         rows = where.of_expert(e)  # m of the n rows
         w = _checked(recipe, weights, e, hidden)
         gate, up = gemm.l1(recipe, l1_acts[rows], l1_acts_sf[rows], w.l1, arith)  # Eq. (2), Eq. (3)  [m, I]
@@ -109,15 +109,15 @@ def through_experts(
         l2_acts, l2_acts_sf = swiglu.requantise(recipe, v)  # Eq. (5)  [m, I]
         out = gemm.l2(recipe, l2_acts, l2_acts_sf, w.l2, arith)  # Eq. (6)  [m, H]
         made = {"l2_acts": l2_acts, "l2_acts_sf": l2_acts_sf}
-        return rows, made, scatter.to_slot(out, arith)  # Eq. (7)  [m, H]
+        return rows, v.shape[1], made, scatter.to_slot(out, arith)  # Eq. (7)  [m, H]
 
     slots = torch.empty(len(where), hidden, dtype=torch.bfloat16, device=device)
     busy = where.expert.unique().tolist()
     parts: list[tuple[Tensor, dict[str, Tensor]]] = []
     width = 0
-    for done, (rows, made, out) in enumerate(_side_by_side(expert, busy, device), start=1):
-        width = width or made["l2_acts"].shape[1]
-        check_same_width(busy[done - 1], made["l2_acts"].shape[1], width)
+    for done, (rows, intermediate, made, out) in enumerate(_side_by_side(expert, busy, device), start=1):
+        width = width or intermediate
+        check_same_width(busy[done - 1], intermediate, width)
         slots[rows] = out
         if keep:
             parts.append((rows, made))

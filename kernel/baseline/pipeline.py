@@ -15,6 +15,7 @@ from megaproof.kernel.baseline.backends import BACKENDS, GroupedGemm, Sizes
 from megaproof.quant.recipe import Recipe, RecipeError
 from megaproof.reference.arguments import check
 from megaproof.reference.operands import Weights
+from megaproof.reference.stages import POOL_STAGES
 
 COLUMNS = 1024
 """Columns of one program of the combine."""
@@ -95,8 +96,7 @@ class Result:
         """The trace's stages, rows of the active slots in (rank, token, slot) order."""
         slot = self.buffers.pool.slot
         place = torch.empty_like(slot).index_copy_(0, slot, torch.arange(len(slot), device=slot.device))[self.active]
-        names = ("l1_acts", "l1_acts_sf", "l2_acts", "l2_acts_sf")
-        stages = {name: getattr(self.buffers, name)[place] for name in names}
+        stages = {name: getattr(self.buffers, name)[place] for name in POOL_STAGES if hasattr(self.buffers, name)}
         return stages | {"slots": self.buffers.slots.flatten(0, 1)[self.active]}
 
 

@@ -8,15 +8,17 @@ import torch
 from torch import Tensor
 
 from megaproof.kernel import api
-from megaproof.kernel.host.buffer import BufferSize
+from megaproof.kernel.host.buffer import FIELDS, BufferSize, names_of
 from megaproof.kernel.host.sizes import BLOCK_M, check_recipe
 from megaproof.proof.adapters import Prepared
 from megaproof.quant.recipe import Recipe, RecipeError
 from megaproof.reference import layout
 from megaproof.reference.dispatch import routes
-from megaproof.reference.stages import POOL_STAGES, STAGES
+from megaproof.reference.stages import STAGES
 
 FP8 = torch.float8_e4m3fn
+IN_RING = tuple(name for name in STAGES if name in names_of("ring"))
+"""Stages that the kernel leaves in the ring of activations, by expert; slots lie in the combine buffer."""
 
 
 class MegaproofAdapter:
@@ -75,10 +77,10 @@ class MegaproofAdapter:
             y.view(torch.uint8).fill_(byte)
         for rank in range(self._buffer.size.ranks):
             views = self._buffer.rank(rank)
-            for name in (*POOL_STAGES, "slots"):
-                view = getattr(views, name)
-                in_memory = view.t() if STAGES[name].covers else view  # scale factors lie there column after column
-                in_memory.view(torch.uint8).fill_(byte)
+            for field in FIELDS:
+                if field.name in (*IN_RING, "slots"):
+                    view = getattr(views, field.name)
+                    (view.t() if field.transposed else view).view(torch.uint8).fill_(byte)
 
     def launch(self) -> None:
         """Raises KernelTimeout when a role waited in vain."""
@@ -94,7 +96,7 @@ class MegaproofAdapter:
         case, where = self._prepared.case, routes(self._prepared.inputs.topk_idx)
         local = case.shape.experts_per_rank(case.ranks)
         ring_rows, whole = self._buffer.size.ring_rows, True
-        found: dict[str, list[Tensor]] = {name: [] for name in (*POOL_STAGES, "place")}
+        found: dict[str, list[Tensor]] = {name: [] for name in (*IN_RING, "place")}
         for rank in range(case.ranks):
             views = self._buffer.rank(rank)
             received = layout.local(where.expert[layout.owner(where.expert, local) == rank], local)
@@ -104,7 +106,7 @@ class MegaproofAdapter:
             entry = slot_row % capacity * topk + slot_row // capacity
             found["place"].append(torch.stack([source, entry, expert + rank * local], dim=1))
             whole &= not len(rows) or int(rows[-1]) < ring_rows
-            for name in POOL_STAGES if whole else ():
+            for name in IN_RING if whole else ():
                 stage = STAGES[name]
                 dtype, width = stage.format(case.recipe).dtype, stage.width(case.shape, case.recipe)
                 found[name].append(getattr(views, name).view(dtype)[rows, :width])

@@ -16,8 +16,8 @@ from megaproof.cases.inputs import Inputs
 from megaproof.cases.run import run_case
 from megaproof.proof.adapters import Prepared
 from megaproof.quant.shapes import Shape
-from megaproof.reference.arguments import Weights
 from megaproof.reference.layer import LayerResult
+from megaproof.reference.operands import Weights
 
 ONE = Case(Shape("one", 128, 128, 1, 1), (0,))
 """Of the default family, without a token."""
