@@ -30,6 +30,14 @@ def test_the_prediction_runs_as_written() -> None:
     assert result.trace["l2_acts"].shape[1] == case.shape.intermediate
 
 
+def test_the_arguments_of_the_call_are_made_as_written() -> None:
+    """On a CPU: all of the call but the buffer, what is written to it, and the launch."""
+    wanted = ("import", "experts =", "w1, w1_sf", "fp8 =", "l1, l2 =")
+    lines = [line.replace(".cuda()", "") for line in LAUNCHED.splitlines() if line.startswith(wanted)]
+    names = run(PREDICTED, "from megaproof.kernel.api import transform_weights_for_mega_moe_sm90", "\n".join(lines))
+    assert [weights.shape for weights, _ in (names["l1"], names["l2"])] == [(16, 512, 512), (16, 512, 256)]
+
+
 @pytest.mark.gpu
 def test_the_kernel_is_called_as_written() -> None:
     """It ends in an assertion of its own: the kernel's y is the predicted one."""
