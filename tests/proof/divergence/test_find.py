@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megaproof.proof.divergence import Divergence, compare_stages, first_divergence
-from megaproof.proof.faults.traces import CASE, PLANTS, bits_to, expected, found, layer, plant, rows_of
+from megaproof.proof.divergence import Divergence, compare_stages, first_divergence, report
+from megaproof.proof.faults.traces import CASE, PLANTS, bits_to, expected, found, layer, noise, plant, some
 from megaproof.quant.stored import unsigned
 from megaproof.reference.stages import SHOWN, STAGES
 
@@ -45,37 +45,6 @@ def test_it_stops_at_the_first_stage_that_differs(stage: str) -> None:
     assert divergence is not None
     assert divergence.stage == stage
     assert list(divergence.compared) == before
-
-
-def test_the_first_element_is_first_by_source_rank_token_and_slot() -> None:
-    """Not by expert, not by column: row 200's column 3 comes before row 300's column 0."""
-    planted = expected("slots").clone()
-    planted[300, 0] += 1
-    planted[200, 3] += 1
-    place, rows = found("slots", planted).place, rows_of("slots")
-    assert place is not None
-    assert (place.row, place.column) == (200, 3)
-    assert (place.rank, place.token, place.slot) == tuple(int(t[200]) for t in (rows.rank, rows.token, rows.slot))
-
-
-def test_the_place_is_the_one_of_the_element() -> None:
-    """Every coordinate, counted again by hand from the routing."""
-    topk_idx = layer().inputs.topk_idx
-    active = [(r, t, k, int(idx[t, k])) for r, idx in enumerate(topk_idx) for t in range(len(idx)) for k in range(4)]
-    rank, token, slot, expert = active[610]
-    before = [row for row in active[:610] if row[3] == expert]
-    planted = expected("l2_acts").clone()
-    planted[610, 200] ^= 4
-    place = found("l2_acts", planted).place
-    assert place is not None
-    assert (place.rank, place.token, place.slot, place.expert) == (rank, token, slot, expert)
-    assert (place.destination, place.expert_row) == (expert // 8, len(before))
-    assert (place.tile, place.k_block, place.group) == ((len(before) // 128, 1), 1, 3)
-    planted = expected("l2_acts_sf").clone()
-    planted[610, 3] *= 2
-    place = found("l2_acts_sf", planted).place
-    assert place is not None
-    assert (place.tile, place.k_block, place.group) == ((len(before) // 128, 1), 1, 3)
 
 
 def test_counts_and_ulps() -> None:
@@ -128,3 +97,35 @@ def test_a_large_stage_is_looked_at_in_part(monkeypatch: pytest.MonkeyPatch) -> 
     assert divergence.extent["rows"] == (2, 640)
     assert "rows swapped" in {pattern.name for pattern in divergence.patterns}
     assert "400 rows" in divergence.report()
+
+
+@pytest.mark.parametrize("name", PLANTS)
+def test_a_planted_error_is_named(name: str) -> None:
+    error = PLANTS[name]
+    divergence = found(error.stage, plant(error))
+    assert {pattern.name for pattern in divergence.patterns} == error.names
+    text = divergence.report()
+    assert error.says.format(*some().tolist()) in " ".join(text.split())
+    assert max(map(len, text.splitlines())) <= report.WIDTH
+    for word in (
+        "first divergence",
+        "Eq. (",
+        "expected",
+        "actual",
+        "extent",
+        "ulp",
+        "calc_diff",
+        "python -m reference",
+    ):
+        assert word in text
+
+
+@pytest.mark.parametrize("stage", [name for name, stage in STAGES.items() if stage.columns])
+@pytest.mark.parametrize("count", [2, 12, 200])
+def test_random_noise_has_no_pattern(stage: str, count: int) -> None:
+    """Elements strewn over the stage, with bits strewn over the format."""
+    bits = unsigned(expected(stage))
+    chance = torch.Generator().manual_seed(count)
+    place = torch.randperm(bits.numel(), generator=chance)[:count]
+    noise(bits, stage, (place // bits.shape[1], place % bits.shape[1]))
+    assert found(stage, bits_to(stage, bits)).patterns == ()
