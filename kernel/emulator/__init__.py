@@ -7,6 +7,7 @@ Shapes have to be small, since every wait of a thread costs about a microsecond 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -59,41 +60,82 @@ def source(granularity: int = 64, change: Callable[[str], str] = unchanged, silu
     granularity: 64 or 128, the columns of L2 activations that share a scale. change: applied to the kernel's text.
     silu: 'fast' or 'precise', which of the two kernels runs.
     """
-    machine, entry = (build.joined([FOLDER / f"{name}.hpp"]) for name in ("ptx", "entry"))
     program = moe(granularity).edited(change)
     macros = {**program.defines, "ENTRY": f"moe_{silu}"}
     kernel = program.text(without=[HOME / "kernel" / "ptx.cuh"])
-    return "".join([*(f"#define {name} {value}\n" for name, value in macros.items()), machine, kernel, entry])
+    return "".join([*(f"#define {name} {value}\n" for name, value in macros.items()), kernel, _text("entry.hpp")])
 
 
-FLAGS = ("-std=c++20", "-O1", "-U_FORTIFY_SOURCE", "-ffp-contract=off", "-fno-strict-aliasing", "-shared", "-fPIC")
+def _text(name: str) -> str:
+    """The text of a file of this folder, its includes in their places."""
+    return build.joined([FOLDER / name])
+
+
+FLAGS = ("-std=c++20", "-U_FORTIFY_SOURCE", "-ffp-contract=off", "-fno-strict-aliasing", "-fPIC", "-w")
 """_FORTIFY_SOURCE, which some systems set by default, would make longjmp from fiber to fiber abort."""
+KERNEL_FLAGS, MACHINE_FLAGS = ("-O1", "-fno-inline"), ("-O2",)
+"""A kernel is compiled often and the machine once."""
 
 
 @functools.cache
 def library(text: str) -> ctypes.CDLL:
-    """The compiled text. It is cached beside the cubins under the digest of compiler, flags and text.
+    """The compiled text, linked to the machine. It is cached beside the cubins under the digest of all that made it.
 
     Raises EmulationError if the text does not compile.
     """
-    folder = build.cache_folder()
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    command = [str(compiler()), *FLAGS]
-    digest = hashlib.sha256("\n".join([*command, text]).encode()).hexdigest()
-    path = folder / f"emulated-{digest[:32]}.so"
+    folder = _cache_folder()
+    machine = _machine(folder)
+    command = [str(compiler()), *FLAGS, *KERNEL_FLAGS]
+    path = folder / f"emulated-{_digest(machine.name, *command, text)}.so"
     if not path.exists():
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            made = Path(scratch) / "emulated.so"
-            (Path(scratch) / "emulated.cpp").write_text(text)
-            run = subprocess.run(
-                [*command, "-w", "-o", str(made), str(Path(scratch) / "emulated.cpp")], capture_output=True, text=True
-            )
-            if run.returncode:
-                raise EmulationError(f"the kernel does not compile for the host: {run.stderr[:2000]}")
+            made, source_path = Path(scratch) / "emulated.so", Path(scratch) / "emulated.cpp"
+            source_path.write_text(text)
+            parts = ["-include", machine / "machine.hpp", source_path, machine / "machine.o"]
+            _compile([*command, "-shared", "-o", made, *parts], "the kernel")
             made.replace(path)
     found = ctypes.CDLL(str(path))
     found.emulate.restype = ctypes.c_char_p
     return found
+
+
+@functools.cache
+def _machine(folder: Path) -> Path:
+    """A folder with machine.o and machine.hpp, which the compiler has read ahead (machine.hpp.gch or .pch)."""
+    command = [str(compiler()), *FLAGS]
+    texts = {"machine.hpp": _text("ptx.hpp"), "machine.cpp": _text("machine.cpp")}
+    path = folder / f"machine-{_digest(*command, *KERNEL_FLAGS, *MACHINE_FLAGS, *texts.values())}"
+    if path.exists():
+        return path
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        made = Path(scratch) / "machine"
+        made.mkdir()
+        for name, text in texts.items():
+            (made / name).write_text(text)
+        suffix = "gch" if Path(command[0]).name == "g++" else "pch"
+        ahead = ["-x", "c++-header", "-o", made / f"machine.hpp.{suffix}", made / "machine.hpp"]
+        _compile([*command, *KERNEL_FLAGS, *ahead], "the machine")
+        _compile([*command, *MACHINE_FLAGS, "-c", "-o", made / "machine.o", made / "machine.cpp"], "the machine")
+        with contextlib.suppress(OSError):  # another process was first: what it made is the same
+            made.rename(path)
+    return path
+
+
+def _cache_folder() -> Path:
+    folder = build.cache_folder()
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return folder
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+
+
+def _compile(command: list[str | Path], what: str) -> None:
+    """Raises EmulationError with what the compiler says."""
+    run = subprocess.run(command, capture_output=True, text=True)
+    if run.returncode:
+        raise EmulationError(f"{what} does not compile for the host: {run.stderr[:2000]}")
 
 
 def _map(matrix: Tensor, box_rows: int) -> TensorMap:

@@ -29,8 +29,8 @@ struct uint2 {
 struct alignas(16) uint4 {
     unsigned x, y, z, w;
 };
-inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
-inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+MACHINE uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+MACHINE uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
 template <typename T, typename U>
 inline auto min(T a, U b) {
@@ -41,14 +41,14 @@ inline auto max(T a, U b) {
     return a < b ? b : a;
 }
 
-inline unsigned __float_as_uint(float x) { return __builtin_bit_cast(unsigned, x); }
-inline float __uint_as_float(unsigned x) { return __builtin_bit_cast(float, x); }
+MACHINE unsigned __float_as_uint(float x) { return __builtin_bit_cast(unsigned, x); }
+MACHINE float __uint_as_float(unsigned x) { return __builtin_bit_cast(float, x); }
 template <typename T>
 inline T __ldg(const T* address) {
     return *address;
 }
 
-inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
+MACHINE unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
     const unsigned long long bytes = static_cast<unsigned long long>(high) << 32 | low;
     unsigned out = 0;
     for (unsigned i = 0; i < 4; ++i)
@@ -56,12 +56,12 @@ inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
     return out;
 }
 
-inline void __syncthreads() {
+MACHINE void __syncthreads() {
     emu::Block& block = *emu::machine->current->block;
     emu::meet(block.barriers[0], block.live, "__syncthreads");
 }
 
-inline int __syncthreads_or(int value) {
+MACHINE int __syncthreads_or(int value) {
     emu::Block& block = *emu::machine->current->block;
     __syncthreads();  // all threads have read the answer of the call before
     if (value) block.any = true;
@@ -72,7 +72,7 @@ inline int __syncthreads_or(int value) {
     return any;
 }
 
-inline void __syncwarp() { emu::meet(emu::warp().gate, 32, "__syncwarp"); }
+MACHINE void __syncwarp() { emu::meet(emu::warp().gate, 32, "__syncwarp"); }
 
 template <typename T>
 inline T emu_shuffle(T value, unsigned source, const char* kind) {
@@ -93,9 +93,9 @@ inline T __shfl_up_sync(unsigned, T value, unsigned distance) {
     const unsigned lane = threadIdx.x % 32;
     return emu_shuffle(value, lane < distance ? lane : lane - distance, "__shfl_up_sync");
 }
-inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
-inline int __ffs(int bits) { return __builtin_ffs(bits); }
-inline unsigned __ballot_sync(unsigned, bool predicate) {
+MACHINE int __popc(unsigned bits) { return __builtin_popcount(bits); }
+MACHINE int __ffs(int bits) { return __builtin_ffs(bits); }
+MACHINE unsigned __ballot_sync(unsigned, bool predicate) {
     return emu::exchange(
         predicate,
         [](const unsigned* all) {
@@ -106,5 +106,5 @@ inline unsigned __ballot_sync(unsigned, bool predicate) {
         "__ballot_sync");
 }
 
-inline float __fmaf_rn(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
-inline float __fdiv_rn(float a, float b) { return a / b; }
+MACHINE float __fmaf_rn(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+MACHINE float __fdiv_rn(float a, float b) { return a / b; }

@@ -7,6 +7,13 @@
 // register pool of setmaxnreg, copies that land late and in any order, and wgmma that reads its operands only when it
 // is waited for. It does not model caches and the memory model (every access is seen at once), nor clocks.
 #pragma once
+
+// The machine is compiled once, from machine.cpp, and every kernel is linked to it. A kernel sees these bodies to inline
+// them, and the compiler emits none of them again: that halves the time that a changed kernel takes to compile.
+#ifndef MACHINE
+#define MACHINE inline __attribute__((gnu_inline))
+#endif
+
 #include <csetjmp>
 #include <csignal>
 #include <cstdint>
@@ -97,12 +104,12 @@ struct Machine {
 
 inline Machine* machine;
 
-inline void fail(const std::string& text) {
+MACHINE void fail(const std::string& text) {
     if (machine->failure.empty()) machine->failure = text;
     _longjmp(machine->home, 2);
 }
 
-inline void wake(Queue& queue) {
+MACHINE void wake(Queue& queue) {
     for (Fiber* fiber : queue) {
         fiber->waits_for = nullptr;
         fiber->place = machine->runnable.size();
@@ -112,14 +119,14 @@ inline void wake(Queue& queue) {
 }
 
 // Goes back to the scheduler; the fiber goes on behind this call.
-inline void leave() {
+MACHINE void leave() {
     if (_setjmp(machine->current->context) == 0) _longjmp(machine->home, 1);
 }
 
 // Lets other fibers go on.
-inline void yield() { leave(); }
+MACHINE void yield() { leave(); }
 
-inline void stop_running(Fiber* fiber) {
+MACHINE void stop_running(Fiber* fiber) {
     auto& runnable = machine->runnable;
     runnable[fiber->place] = runnable.back();
     runnable[fiber->place]->place = fiber->place;
@@ -127,7 +134,7 @@ inline void stop_running(Fiber* fiber) {
 }
 
 // Waits in a queue until another fiber wakes it.
-inline void block_on(Queue& queue, const char* what) {
+MACHINE void block_on(Queue& queue, const char* what) {
     Fiber* fiber = machine->current;
     fiber->waits_for = what;
     stop_running(fiber);
@@ -135,7 +142,7 @@ inline void block_on(Queue& queue, const char* what) {
     leave();
 }
 
-inline void meet(Gate& gate, uint32_t expected, const char* kind) {
+MACHINE void meet(Gate& gate, uint32_t expected, const char* kind) {
     if (gate.arrived == 0) gate.kind = kind;
     else if (strcmp(gate.kind, kind) != 0) fail(std::string("threads meet at ") + gate.kind + " and at " + kind);
     if (++gate.arrived == expected) {
@@ -147,10 +154,10 @@ inline void meet(Gate& gate, uint32_t expected, const char* kind) {
     }
 }
 
-inline Warp& warp() { return machine->current->block->warps[machine->current->thread / 32]; }
+MACHINE Warp& warp() { return machine->current->block->warps[machine->current->thread / 32]; }
 
 // Every lane of the warp gives a value; pick() chooses the answer among all of them.
-inline uint32_t exchange(uint32_t value, const std::function<uint32_t(const uint32_t*)>& pick, const char* kind) {
+MACHINE uint32_t exchange(uint32_t value, const std::function<uint32_t(const uint32_t*)>& pick, const char* kind) {
     Warp& own = warp();
     uint32_t* values = own.value[own.gate.generation & 1];
     values[machine->current->thread % 32] = value;
@@ -158,21 +165,21 @@ inline uint32_t exchange(uint32_t value, const std::function<uint32_t(const uint
     return pick(values);
 }
 
-inline Mbarrier& mbarrier(const void* address) {
+MACHINE Mbarrier& mbarrier(const void* address) {
     auto found = machine->mbarriers.find(address);
     if (found == machine->mbarriers.end()) fail("an mbarrier is used that was not initialised");
     return found->second;
 }
 
 // Completes the phase if nothing is missing.
-inline void settle(Mbarrier& barrier) {
+MACHINE void settle(Mbarrier& barrier) {
     if (barrier.pending != 0 || barrier.bytes != 0) return;
     barrier.pending = barrier.count;
     barrier.phase ^= 1;
     wake(barrier.waiting);
 }
 
-inline void arrive(const void* address, int64_t bytes = 0) {
+MACHINE void arrive(const void* address, int64_t bytes = 0) {
     Mbarrier& barrier = mbarrier(address);
     if (barrier.pending == 0) fail("more arrivals at an mbarrier than it counts");
     barrier.bytes += bytes;
@@ -181,22 +188,22 @@ inline void arrive(const void* address, int64_t bytes = 0) {
 }
 
 // Bytes of an asynchronous copy have arrived.
-inline void landed(const void* address, int64_t bytes) {
+MACHINE void landed(const void* address, int64_t bytes) {
     Mbarrier& barrier = mbarrier(address);
     barrier.bytes -= bytes;
     settle(barrier);
 }
 
 // A word of static shared memory of the running thread block. `key` is an address that is the word's alone.
-inline uint32_t& shared_word(const void* key) { return machine->current->block->words[key]; }
+MACHINE uint32_t& shared_word(const void* key) { return machine->current->block->words[key]; }
 
-inline uint8_t* dynamic_shared() { return machine->current->block->shared.get(); }
+MACHINE uint8_t* dynamic_shared() { return machine->current->block->shared.get(); }
 
 using Kernel = void (*)(const void*);
 inline Kernel kernel;
 inline const void* argument;
 
-inline void begin() {
+MACHINE void begin() {
     kernel(argument);
     Fiber* fiber = machine->current;
     fiber->done = true;
@@ -206,7 +213,7 @@ inline void begin() {
 }
 
 // Says what the fibers that have not ended wait for.
-inline std::string stuck() {
+MACHINE std::string stuck() {
     std::unordered_map<std::string, uint32_t> counts;
     for (auto& fiber : machine->fibers)
         if (!fiber->done)
@@ -218,7 +225,7 @@ inline std::string stuck() {
 }
 
 // A memory access outside of all memory ends the run, but not the process.
-inline void on_fault(int) {
+MACHINE void on_fault(int) {
     machine->failure = "a memory access outside of all memory";
     _longjmp(machine->home, 2);
 }
@@ -243,21 +250,21 @@ struct FaultHandler {
 };
 
 // Lets every fiber that waits for an mbarrier look once more. Returns whether there is one.
-inline bool wake_all() {
+MACHINE bool wake_all() {
     for (auto& [address, barrier] : machine->mbarriers) wake(barrier.waiting);
     return !machine->runnable.empty();
 }
 
 // Called if no fiber can go on. Lets try_wait return early: if a role has given up, so that the others see it, or if
 // `early` permits it. Returns whether a fiber can go on now.
-inline bool drains(bool early) {
+MACHINE bool drains(bool early) {
     if (*machine->gave_up == 0 && !early) return false;
     machine->steps += 1;
     return wake_all();
 }
 
 // Runs a grid to its end. Returns what went wrong, or "". *gave_up is not 0 once a role has given up.
-inline std::string run(Kernel entry, const void* params, uint32_t grid, uint32_t threads, uint32_t shared,
+MACHINE std::string run(Kernel entry, const void* params, uint32_t grid, uint32_t threads, uint32_t shared,
                        uint32_t registers, uint32_t seed, uint64_t most_steps, const uint32_t* gave_up, bool early) {
     Machine own;
     const FaultHandler handler;

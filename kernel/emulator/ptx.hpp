@@ -2,8 +2,18 @@
 // ptx.cuh. The arithmetic is that of quant/twin.cu, which predicts the chip.
 #pragma once
 #include "cuda.hpp"
+
+// The twin's functions belong to the machine, the kernel's to the kernel.
+#undef __device__
+#undef __forceinline__
+#define __device__ MACHINE
+#define __forceinline__
 #include "../../quant/tensor_core.cuh"
 #include "../../quant/twin_atoms.cuh"
+#undef __device__
+#undef __forceinline__
+#define __device__
+#define __forceinline__ inline
 
 // The kernel runs on a stack of the host, so its thread block finds its shared memory through the machine.
 #define DYNAMIC_SHARED_MEMORY(name) u8* const name = emu::dynamic_shared()
@@ -33,7 +43,7 @@ struct Decoder {
     }
 };
 
-inline Terms terms_of(const u8* codes) {
+MACHINE Terms terms_of(const u8* codes) {
     static const Decoder decoder;
     Terms found;
     for (u32 k = 0; k < 32; ++k) {
@@ -44,7 +54,7 @@ inline Terms terms_of(const u8* codes) {
 }
 
 // Returns c plus 32 products as the tensor core adds them up.
-inline float wgmma_step(float c, const Terms& a, const Terms& b) {
+MACHINE float wgmma_step(float c, const Terms& a, const Terms& b) {
     int emax = kNoTerm;
     for (u32 k = 0; k < 32; ++k) emax = max(emax, a.exponents[k] + b.exponents[k]);
     if (a.nan || b.nan || c != c) return from_bits(kNaN);
@@ -57,7 +67,7 @@ inline float wgmma_step(float c, const Terms& a, const Terms& b) {
 }
 
 // Where the 128-byte swizzle stores what has this address without it. Tiles are aligned to 1,024 bytes.
-inline const u8* swizzled(u64 address) { return reinterpret_cast<const u8*>(address ^ (address >> 7 & 7) << 4); }
+MACHINE const u8* swizzled(u64 address) { return reinterpret_cast<const u8*>(address ^ (address >> 7 & 7) << 4); }
 
 }  // namespace emu
 
@@ -65,48 +75,48 @@ namespace ptx {
 
 // ---- arithmetic -----------------------------------------------------------------------------------------------------
 
-inline float fma_rn(float a, float b, float c) { return fmaf(a, b, c); }
-inline float fma_rn_sat(float a, float b, float c) {
+MACHINE float fma_rn(float a, float b, float c) { return fmaf(a, b, c); }
+MACHINE float fma_rn_sat(float a, float b, float c) {
     const float d = fmaf(a, b, c);
     return d != d ? 0.0f : fminf(fmaxf(d, 0.0f), 1.0f);
 }
-inline float fma_rm(float a, float b, float c) {
+MACHINE float fma_rm(float a, float b, float c) {
     const double exact = static_cast<double>(a) * b + c;
     const float d = static_cast<float>(exact);
     return d > exact ? nextafterf(d, -INFINITY) : d;
 }
-inline float rcp_rn(float x) { return 1.0f / x; }
-inline float rcp_approx(float x) { return ::rcp_approx(x, emu::tables); }
-inline float ex2_approx(float x) { return ::ex2_approx(x, emu::tables); }
-inline u16 cvt_e4m3x2(float high, float low) { return static_cast<u16>(encode_e4m3(high) << 8 | encode_e4m3(low)); }
-inline u16 cvt_bf16(float x) { return encode_bf16(x); }
+MACHINE float rcp_rn(float x) { return 1.0f / x; }
+MACHINE float rcp_approx(float x) { return ::rcp_approx(x, emu::tables); }
+MACHINE float ex2_approx(float x) { return ::ex2_approx(x, emu::tables); }
+MACHINE u16 cvt_e4m3x2(float high, float low) { return static_cast<u16>(encode_e4m3(high) << 8 | encode_e4m3(low)); }
+MACHINE u16 cvt_bf16(float x) { return encode_bf16(x); }
 
 // ---- order: every write is seen at once, so a fence at most lets other fibers go on ---------------------------------
 
-inline void fence_proxy_async() {}
-inline void fence_proxy_async_all() {}
-inline void fence_system() { emu::yield(); }
-inline void fence_mbarrier_init() {}
-inline u32 load_acquire(const u32* address) { return emu::yield(), *address; }
-inline u32 load_relaxed(const u32* address) { return *address; }
-inline uint4 load_volatile(const uint4* address) { return *address; }
-inline u32 load_volatile(const u32* address) { return *address; }
-inline u32 atomic_add(u32* address, u32 value) {
+MACHINE void fence_proxy_async() {}
+MACHINE void fence_proxy_async_all() {}
+MACHINE void fence_system() { emu::yield(); }
+MACHINE void fence_mbarrier_init() {}
+MACHINE u32 load_acquire(const u32* address) { return emu::yield(), *address; }
+MACHINE u32 load_relaxed(const u32* address) { return *address; }
+MACHINE uint4 load_volatile(const uint4* address) { return *address; }
+MACHINE u32 load_volatile(const u32* address) { return *address; }
+MACHINE u32 atomic_add(u32* address, u32 value) {
     emu::yield();
     const u32 before = *address;
     *address += value;
     return before;
 }
-inline u32 atomic_add_shared(u32* address, u32 value) { return atomic_add(address, value); }
-inline u32 atomic_add_acq_rel(u32* address, u32 value) { return atomic_add(address, value); }
-inline u32 atomic_cas(u32* address, u32 expected, u32 value) {
+MACHINE u32 atomic_add_shared(u32* address, u32 value) { return atomic_add(address, value); }
+MACHINE u32 atomic_add_acq_rel(u32* address, u32 value) { return atomic_add(address, value); }
+MACHINE u32 atomic_cas(u32* address, u32 expected, u32 value) {
     const u32 before = *address;
     if (before == expected) *address = value;
     return before;
 }
-inline void reduce_add_release(u32* address, u32 value) { atomic_add(address, value); }
-inline void reduce_add_release_system(u32* address, u32 value) { atomic_add(address, value); }
-inline u64 global_timer() { return emu::yield(), 1000 * emu::machine->steps; }  // a step counts as a microsecond
+MACHINE void reduce_add_release(u32* address, u32 value) { atomic_add(address, value); }
+MACHINE void reduce_add_release_system(u32* address, u32 value) { atomic_add(address, value); }
+MACHINE u64 global_timer() { return emu::yield(), 1000 * emu::machine->steps; }  // a step counts as a microsecond
 
 // ---- shared memory --------------------------------------------------------------------------------------------------
 
@@ -118,15 +128,15 @@ inline u32& shared_word() {
 
 // ---- mbarriers ------------------------------------------------------------------------------------------------------
 
-inline void mbarrier_init(u64* barrier, u32 arrivals) { emu::machine->mbarriers[barrier] = {arrivals, arrivals}; }
-inline void mbarrier_arrive(u64* barrier) { emu::yield(), emu::arrive(barrier); }
-inline void mbarrier_arrive_expect(u64* barrier, u32 bytes) { emu::yield(), emu::arrive(barrier, bytes); }
-inline bool mbarrier_test_wait(u64* barrier, u32 parity) {
+MACHINE void mbarrier_init(u64* barrier, u32 arrivals) { emu::machine->mbarriers[barrier] = {arrivals, arrivals}; }
+MACHINE void mbarrier_arrive(u64* barrier) { emu::yield(), emu::arrive(barrier); }
+MACHINE void mbarrier_arrive_expect(u64* barrier, u32 bytes) { emu::yield(), emu::arrive(barrier, bytes); }
+MACHINE bool mbarrier_test_wait(u64* barrier, u32 parity) {
     emu::yield();
     return emu::mbarrier(barrier).phase != parity;
 }
 // As on the chip it may return before the phase has completed; here it does so only after other fibers have run.
-inline bool mbarrier_try_wait(u64* barrier, u32 parity) {
+MACHINE bool mbarrier_try_wait(u64* barrier, u32 parity) {
     if (mbarrier_test_wait(barrier, parity)) return true;
     emu::block_on(emu::mbarrier(barrier).waiting, "an mbarrier");
     return emu::mbarrier(barrier).phase != parity;
@@ -140,7 +150,7 @@ struct alignas(64) TensorMap {
     u64 opaque[16];
 };
 
-inline void tma_load_2d(void* target, const TensorMap& map, u64* barrier, int column, int row) {
+MACHINE void tma_load_2d(void* target, const TensorMap& map, u64* barrier, int column, int row) {
     const u8* base = reinterpret_cast<const u8*>(map.opaque[0]);
     const u64 rows = map.opaque[1], columns = map.opaque[2], stride = map.opaque[3], box = map.opaque[4];
     emu::machine->jobs.push_back([=] {
@@ -155,20 +165,20 @@ inline void tma_load_2d(void* target, const TensorMap& map, u64* barrier, int co
     });
     emu::yield();
 }
-inline bool elect_one() { return __syncwarp(), threadIdx.x % 32 == 31; }  // which lane it is must not matter
-inline void prefetch_l1(const void*) {}
-inline void prefetch_tensor_map(const TensorMap&) {}
-inline void bulk_load(void* target, const void* source, u32 bytes, u64* barrier) {
+MACHINE bool elect_one() { return __syncwarp(), threadIdx.x % 32 == 31; }  // which lane it is must not matter
+MACHINE void prefetch_l1(const void*) {}
+MACHINE void prefetch_tensor_map(const TensorMap&) {}
+MACHINE void bulk_load(void* target, const void* source, u32 bytes, u64* barrier) {
     emu::machine->jobs.push_back([=] {
         memcpy(target, source, bytes);
         emu::landed(barrier, bytes);
     });
     emu::yield();
 }
-inline void bulk_load_once(void* target, const void* source, u32 bytes, u64* barrier) {
+MACHINE void bulk_load_once(void* target, const void* source, u32 bytes, u64* barrier) {
     bulk_load(target, source, bytes, barrier);
 }
-inline void bulk_store(void* target, const void* source, u32 bytes) {
+MACHINE void bulk_store(void* target, const void* source, u32 bytes) {
     emu::Fiber* fiber = emu::machine->current;
     fiber->stores_under_way += 1;
     emu::machine->jobs.push_back([=] {
@@ -176,14 +186,14 @@ inline void bulk_store(void* target, const void* source, u32 bytes) {
         if (--fiber->stores_under_way == 0) emu::wake(fiber->store_waiters);
     });
 }
-inline void bulk_store_wait() {
+MACHINE void bulk_store_wait() {
     emu::Fiber* fiber = emu::machine->current;
     while (fiber->stores_under_way != 0) emu::block_on(fiber->store_waiters, "its bulk stores");
 }
 
 // ---- registers of a role --------------------------------------------------------------------------------------------
 
-inline void set_registers(u32 registers) {
+MACHINE void set_registers(u32 registers) {
     emu::Block& block = *emu::machine->current->block;
     __syncwarp();
     if (threadIdx.x % 32 == 0) {
@@ -211,11 +221,11 @@ inline void fewer_registers() {
 
 // ---- wgmma: operands are read when it is waited for, the latest moment at which the chip may read them --------------
 
-inline void wgmma_fence() {}
-inline void wgmma_commit() { emu::yield(); }
-inline void pin(float&) {}
-inline void pin(u32&) {}
-inline u64 descriptor_swizzle_128(const void* matrix) { return reinterpret_cast<u64>(matrix) >> 4; }
+MACHINE void wgmma_fence() {}
+MACHINE void wgmma_commit() { emu::yield(); }
+MACHINE void pin(float&) {}
+MACHINE void pin(u32&) {}
+MACHINE u64 descriptor_swizzle_128(const void* matrix) { return reinterpret_cast<u64>(matrix) >> 4; }
 
 template <int kN>
 inline void wgmma_ss(float (&d)[kN / 2], u64 desc_a, u64 desc_b, bool scale_d) {
