@@ -12,10 +12,10 @@ namespace gemm {
 // The tile of a thread block: kBlockM rows of activations (A) by kBlockN rows of weights (B), by two math warpgroups.
 // One tile serves all shapes: smaller ones read more from the L2 cache, three warpgroups of 192 x 128 gained nothing.
 // Four stages are what fits into shared memory.
-constexpr u32 kBlockM = 128, kBlockN = 256, kNumStages = 4, kNumMathWarps = 8;
-constexpr u32 kBlockK = 128;          // columns of a K block: of one stage, and of the weights that share a scale
+constexpr u32 kBlockM = BLOCK_M, kBlockN = BLOCK_N, kNumStages = NUM_STAGES, kNumMathWarps = NUM_MATH_WARPS;
+constexpr u32 kBlockK = BLOCK_K;      // columns of a K block: of one stage, and of the weights that share a scale
 constexpr u32 kStepK = 32;            // columns of one wgmma
-constexpr u32 kHalfN = 128;           // weight rows of a half tile, and N of a chain: more accumulators would spill
+constexpr u32 kHalfN = HALF_N;        // weight rows of a half tile, and N of a chain: more accumulators would spill
 constexpr u32 kNumSums = kHalfN / 2;  // outputs of a thread in a half tile: 64 rows x kHalfN columns by 128 threads
 constexpr u32 kMaxScales = 2;         // most scale blocks of a K block: 128 / 64
 

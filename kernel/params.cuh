@@ -4,8 +4,9 @@
 #include "ptx.cuh"
 #include "swiglu.cuh"
 
-constexpr u32 kMaxRanks = 8;      // ranks of one launch
-constexpr u32 kMaxExperts = 512;  // experts of all ranks together
+// Constants that the host needs too are macros of their name: their values and units are in kernel/host/sizes.py.
+constexpr u32 kMaxRanks = MAX_RANKS;      // ranks of one launch
+constexpr u32 kMaxExperts = MAX_EXPERTS;  // experts of all ranks together
 
 // Columns of the L2 activations that share a scale, and so the columns of K in a chain of GEMM 2: 64 or 128. The buffer
 // has room for the scales of 64; with 128 they fill half of it.

@@ -11,12 +11,12 @@ namespace scheduler {
 
 using gemm::kBlockM, gemm::kBlockN, gemm::kHalfN;
 // Activation rows of one TMA box. Of a part-filled pool block only the boxes that hold rows are loaded.
-constexpr u32 kBoxRows = 32;
+constexpr u32 kBoxRows = BOX_ROWS;
 
 // Pool blocks of a wave. GEMM 2 of a wave comes after GEMM 1 of the next wave: by then its inputs are complete, and
 // still in the L2 cache. 24 were 0.5 % faster than 16 from 1,024 tokens up; 32 were 0.4 % faster still, but the ring of
 // activations holds two waves at least, which would be more than small layers fill.
-constexpr u32 kWaveBlocks = 24;
+constexpr u32 kWaveBlocks = WAVE_BLOCKS;
 
 // Columns of a tile of GEMM 2: kHalfN where there are few pool blocks and that saves half a round of the thread blocks,
 // else kBlockN. A half tile keeps fewer bytes on their way, so with more pool blocks it was slower.

@@ -4,7 +4,7 @@
 #include "dispatch.cuh"
 
 // Threads of a block: four warps for dispatch, producer and scout, then the math warps.
-constexpr u32 kNumDispatchWarps = 2, kNumThreads = 128 + 32 * gemm::kNumMathWarps;
+constexpr u32 kNumDispatchWarps = NUM_DISPATCH_WARPS, kNumThreads = 128 + 32 * gemm::kNumMathWarps;
 
 // Columns of K in a scale block of the activations. GEMM 1 reads one scale for 128 columns of a token, as callers make
 // them.
@@ -13,7 +13,7 @@ constexpr u32 kScaleK = kIsGemm1 ? 128 : kGranularity;
 
 // Most tasks under way in a thread block. The producer is at most kNumStages tasks ahead of the math warpgroups, since
 // a task has at least one stage, and the scout is one task ahead of the producer.
-constexpr u32 kNumTasks = 8;
+constexpr u32 kNumTasks = NUM_TASKS;
 static_assert(kNumTasks > gemm::kNumStages + 2);
 
 // How scout, producer and math warps hand over tasks. Task number i of the thread block is in tasks[i mod kNumTasks].

@@ -16,7 +16,7 @@ from megaproof.cases.cases import Case
 from megaproof.cases.run import run_case
 from megaproof.kernel import emulator
 from megaproof.kernel.host.buffer import BufferSize
-from megaproof.kernel.host.sizes import GROUP_BLOCKS
+from megaproof.kernel.host.sizes import WAVE_BLOCKS
 from megaproof.proof.adapters import Prepared
 from megaproof.proof.adapters.emulated import EmulatedAdapter
 from megaproof.proof.prove import Proof, prove
@@ -36,9 +36,9 @@ def draw(seed: int) -> tuple[Case, int | None, emulator.Run]:
     shape = Shape(f"h{hidden}i{intermediate}", hidden=hidden, intermediate=intermediate, experts=experts, topk=topk)
     case = Case(shape, tokens, recipe=Recipe(activation_granularity=granularity, silu=silu, clamp=clamp))
     every = BufferSize(ranks, experts, topk, hidden, intermediate, max(1, *tokens)).pool_blocks
-    ring = rng.choice([None, 2 * GROUP_BLOCKS, 2 * GROUP_BLOCKS + 1])
+    ring = rng.choice([None, 2 * WAVE_BLOCKS, 2 * WAVE_BLOCKS + 1])
     if ring is not None:
-        ring = max(ring, min(2 * GROUP_BLOCKS, every))
+        ring = max(ring, min(2 * WAVE_BLOCKS, every))
     interleaving = rng.choice([0, 1, 3, 3]) + 4 * rng.randrange(1 << 20)
     return case, ring, emulator.Run(blocks=rng.choice([1, 2, 3, 5]), seed=interleaving)
 

@@ -112,10 +112,10 @@ def verdicts() -> Iterator[Verdict]:
 def recycling(ranks: int) -> tuple[Case, int]:
     """(case, ring) of experts of few rows, in a ring of fewer blocks than those of every rank fill."""
     from megaproof.cases.cases import Case
-    from megaproof.kernel.host.sizes import GROUP_BLOCKS
+    from megaproof.kernel.host.sizes import WAVE_BLOCKS
     from megaproof.quant.shapes import SHAPES
 
-    ring = 2 * GROUP_BLOCKS
+    ring = 2 * WAVE_BLOCKS
     return Case(dataclasses.replace(SHAPES["smoke"], experts=ranks * (ring + 8)), (60,) * ranks), ring
 
 

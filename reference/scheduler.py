@@ -12,9 +12,9 @@ from megaproof.reference.layout import BLOCK_M
 
 BLOCK_N = 256
 """Columns of a tile; the last one of GEMM 2 may be half as wide, and with few pool blocks all of them are."""
-TURN_N = 128
+HALF_N = 128
 """Half a tile: in these the counters of a pool block count."""
-GROUP_BLOCKS = 24
+WAVE_BLOCKS = 24
 """Pool blocks of a group: GEMM 2 of a group comes after GEMM 1 of the next."""
 FEW_BLOCKS = 16
 """Up to so many pool blocks tiles of GEMM 2 may all be half as wide."""
@@ -63,8 +63,8 @@ def gemm2_tile_n(hidden: int, pool_blocks: int, blocks: int) -> int:
     Half a tile where the pool blocks are few and that saves half a round of the thread blocks. Elsewhere tiles are
     wide: half a tile keeps fewer bytes on their way.
     """
-    wide, halves = (-(-pool_blocks * -(-hidden // width) // blocks) for width in (BLOCK_N, TURN_N))
-    return TURN_N if pool_blocks <= FEW_BLOCKS and halves < 2 * wide else BLOCK_N
+    wide, halves = (-(-pool_blocks * -(-hidden // width) // blocks) for width in (BLOCK_N, HALF_N))
+    return HALF_N if pool_blocks <= FEW_BLOCKS and halves < 2 * wide else BLOCK_N
 
 
 def evicts_weights_first(hidden: int, intermediate: int, pool_blocks: int) -> bool:
@@ -92,13 +92,13 @@ def num_rows_in_block(plan: Plan, expert: int, block: int) -> int:
 
 
 def num_gemm1_half_tiles(intermediate: int) -> int:
-    """What the counter of GEMM 1 comes to for a pool block: turns of TURN_N columns."""
-    return 2 * intermediate // TURN_N
+    """What the counter of GEMM 1 comes to for a pool block: turns of HALF_N columns."""
+    return 2 * intermediate // HALF_N
 
 
 def num_gemm2_half_tiles(hidden: int) -> int:
     """What the counter of GEMM 2 comes to for a pool block."""
-    return hidden // TURN_N
+    return hidden // HALF_N
 
 
 def next_task_idx(taken: int, blocks: int) -> int:
@@ -130,7 +130,7 @@ def all_tasks(plan: Plan, hidden: int, intermediate: int) -> tuple[Task, ...]:
     """
     pool_blocks = plan.first_block[-1]
     first, last = (2 * intermediate, BLOCK_N), (hidden, plan.gemm2_tile_n)
-    groups = [range(pool_blocks)[begin : begin + GROUP_BLOCKS] for begin in range(0, pool_blocks, GROUP_BLOCKS)]
+    groups = [range(pool_blocks)[begin : begin + WAVE_BLOCKS] for begin in range(0, pool_blocks, WAVE_BLOCKS)]
     tasks = [*_of_group(plan, groups[0], False, *first)] if groups else []
     for before, group in pairwise(groups):
         tasks += _of_group(plan, group, False, *first)

@@ -127,7 +127,7 @@ def schedule(shape: Shape, tokens: int) -> tuple[int, bool, bool, bool, bool]:
     blocks = int((-(-counts // sizes.BLOCK_M)).sum())
     met = tokens * shape.topk > sizes.FEW_SLOTS
     stay = not evicts_weights_first(shape.hidden, shape.intermediate, blocks)
-    return gemm2_tile_n(shape.hidden, blocks, SMS), blocks > sizes.GROUP_BLOCKS, blocks > sizes.RING_BLOCKS, met, stay
+    return gemm2_tile_n(shape.hidden, blocks, SMS), blocks > sizes.WAVE_BLOCKS, blocks > sizes.RING_BLOCKS, met, stay
 
 
 @cache

@@ -32,7 +32,7 @@ BY_MODEL, MEASURED = "by model, not measured", "rates as measured"
 REGISTERS = {"producer": 56, "math": 224}
 """As registers.cuh shares them out; `kernel build` reads them from the SASS."""
 CONFIGURATION = (
-    f"tile {sizes.BLOCK_M} x {sizes.BLOCK_N} x {sizes.BLOCK_K}, {sizes.STAGES} stages, "
+    f"tile {sizes.BLOCK_M} x {sizes.BLOCK_N} x {sizes.BLOCK_K}, {sizes.NUM_STAGES} stages, "
     f"registers {'/'.join(map(str, REGISTERS.values()))}, {sizes.shared_bytes()} bytes of shared memory"
 )
 """One for every shape, T and chip: there is nothing to choose."""

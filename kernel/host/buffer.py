@@ -18,10 +18,10 @@ from megaproof.kernel.host.sizes import (
     BLOCK_K,
     BLOCK_M,
     GROUP,
-    GROUP_BLOCKS,
     MAX_EXPERTS,
     MAX_RANKS,
     RING_BLOCKS,
+    WAVE_BLOCKS,
     WORKSPACE_BYTES,
     ConfigError,
     aligned,
@@ -66,8 +66,8 @@ class BufferSize:
             raise ConfigError(f"num_max_tokens_per_rank = {self.capacity} must be positive, times topk below 2^31")
         if self.pool_blocks * BLOCK_M >= 1 << 32:
             raise ConfigError(f"num_max_tokens_per_rank = {self.capacity}: the ranks' slots must be below 2^32")
-        if self.ring is not None and self.ring < min(2 * GROUP_BLOCKS, self.pool_blocks):
-            least = min(2 * GROUP_BLOCKS, self.pool_blocks)
+        if self.ring is not None and self.ring < min(2 * WAVE_BLOCKS, self.pool_blocks):
+            least = min(2 * WAVE_BLOCKS, self.pool_blocks)
             raise ConfigError(f"ring_blocks = {self.ring} must be at least {least}")
 
     @property

@@ -4,36 +4,57 @@ from __future__ import annotations
 
 from megaproof.quant.recipe import Recipe, RecipeError
 
-BLOCK_M, BLOCK_N, BLOCK_K, STAGES = 128, 256, 128, 4
+BLOCK_M, BLOCK_N, BLOCK_K, NUM_STAGES = 128, 256, 128, 4
 """The tile of a block and its ring of stages, gemm.cuh. One tile serves every shape: there is nothing to choose."""
+HALF_N = 128
+"""Weight rows of a half tile, and of one chain of a math warpgroup."""
 THRESHOLDS = (64, 128)
 """Rows an expert beyond which its work is shared out otherwise: by rows and not by columns; in a second pool block."""
 ROLES = {"producer": 128, "math": 256}
 """Threads of each role of a block: the producer's warpgroup gives registers away, the two of math take them."""
 THREADS = sum(ROLES.values())
-TURN_N = 128
-"""`kHalfN` of gemm.cuh: weight rows of a half tile, and of one chain of a math warpgroup."""
-DISPATCH_WARPS, TRANSIT_BYTES = 2, 8192
-"""`kNumDispatchWarps` of storage.cuh and `kStagingBytes` of dispatch.cuh."""
+NUM_DISPATCH_WARPS, STAGING_BYTES = 2, 8192
+"""Warps of a block that fetch rows, and bytes of a row that pass through the staging buffer of each at a time."""
 FEW_SLOTS = 1024
-"""`kFewSlots` of dispatch.cuh: slots, empty ones included, up to which the blocks of a rank alone do not meet first."""
+"""Slots, empty ones included, up to which the blocks of a rank alone do not meet before rows travel."""
 BOX_ROWS = 32
 """Activation rows of one TMA box: a part-filled block loads only the boxes that hold rows."""
-TASKS = 8
-"""`kNumTasks` of storage.cuh: tasks, of six numbers each, that the producer of a block may be ahead."""
-GROUP_BLOCKS = 24
-"""`kWaveBlocks` of scheduler.cuh: pool blocks whose tiles of GEMM 2 come after GEMM 1's of the next so many."""
-RING_BLOCKS = 4 * GROUP_BLOCKS
+NUM_TASKS = 8
+"""Tasks, of six numbers each, that the producer of a block may be ahead."""
+WAVE_BLOCKS = 24
+"""Pool blocks of a wave: the tiles of GEMM 2 of a wave come after those of GEMM 1 of the next."""
+RING_BLOCKS = 4 * WAVE_BLOCKS
 """Pool blocks that activations have memory for; a block takes the place of the one so many before it."""
 GROUP = 64
 """Columns of L2 activations that share a scale at least: the buffer has memory for so many scales."""
 GRANULARITIES = (GROUP, 128)
-"""Columns of L2 activations that share a scale, `kGranularity` of params.cuh: a cubin for each."""
+"""Columns of L2 activations that share a scale, the macro GRANULARITY: a cubin for each."""
 MAX_RANKS, MAX_EXPERTS = 8, 512
-"""`kMaxRanks` and `kMaxExperts` of params.cuh."""
+"""Ranks of one launch, and experts of all ranks together."""
 WORKSPACE_BYTES = 4 * (3 + MAX_EXPERTS)
-"""sizeof(Workspace) of params.cuh: what stands before the counters of the pool blocks."""
+"""sizeof(Workspace) of params.cuh, behind which the counters of the pool blocks follow."""
 ALIGNMENT = 1024
+
+GEMM_DEFINES = {
+    "BLOCK_M": BLOCK_M,
+    "BLOCK_N": BLOCK_N,
+    "BLOCK_K": BLOCK_K,
+    "NUM_STAGES": NUM_STAGES,
+    "HALF_N": HALF_N,
+    "NUM_MATH_WARPS": ROLES["math"] // 32,
+}
+"""The macros of gemm.cuh, which every program with a promoted GEMM needs."""
+DEFINES = GEMM_DEFINES | {
+    "MAX_RANKS": MAX_RANKS,
+    "MAX_EXPERTS": MAX_EXPERTS,
+    "BOX_ROWS": BOX_ROWS,
+    "WAVE_BLOCKS": WAVE_BLOCKS,
+    "FEW_SLOTS": FEW_SLOTS,
+    "STAGING_BYTES": STAGING_BYTES,
+    "NUM_DISPATCH_WARPS": NUM_DISPATCH_WARPS,
+    "NUM_TASKS": NUM_TASKS,
+}
+"""The macros of the fused kernel, whatever its granularity. The sources take these numbers from here alone."""
 
 
 class ConfigError(ValueError):
@@ -57,11 +78,11 @@ def check_recipe(recipe: Recipe, granularities: tuple[int, ...] = GRANULARITIES)
 def ring_bytes() -> int:
     """sizeof(gemm::Ring): stages and their barriers."""
     stage = aligned((BLOCK_M + BLOCK_N) * BLOCK_K + BLOCK_K // GROUP * BLOCK_M * 4)
-    return aligned(STAGES * stage + 2 * 8 * STAGES)
+    return aligned(NUM_STAGES * stage + 2 * 8 * NUM_STAGES)
 
 
 def shared_bytes() -> int:
     """sizeof(SharedStorage) of storage.cuh: the ring, the plan, rows in transit."""
     plan = 4 * (3 * MAX_EXPERTS + 2) + 2 * FEW_SLOTS
-    tasks = aligned(ring_bytes() + plan + TASKS * 6 * 4, 8) + (3 + TASKS) * 8
-    return aligned(aligned(tasks, 128) + DISPATCH_WARPS * aligned(TRANSIT_BYTES + 8, 128))
+    tasks = aligned(ring_bytes() + plan + NUM_TASKS * 6 * 4, 8) + (3 + NUM_TASKS) * 8
+    return aligned(aligned(tasks, 128) + NUM_DISPATCH_WARPS * aligned(STAGING_BYTES + 8, 128))

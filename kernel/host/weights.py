@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megaproof.kernel.host.sizes import BLOCK_K, BLOCK_N, TURN_N
+from megaproof.kernel.host.sizes import BLOCK_K, BLOCK_N, HALF_N
 from megaproof.quant.cast import INTERLEAVE, interleave_gate_up
 
 CHUNK, CHUNKS = 16, 8
@@ -28,7 +28,7 @@ def _outputs(j: int, q: int, i: int) -> int:
     return j // 4 * 32 + q * 8 + j % 4 * 2 + i
 
 
-GATE_UP, OUTPUTS = ([row(m // 8, m % 8 // 2, m % 2) for m in range(TURN_N)] for row in (_gate_up, _outputs))
+GATE_UP, OUTPUTS = ([row(m // 8, m % 8 // 2, m % 2) for m in range(HALF_N)] for row in (_gate_up, _outputs))
 """Of interleaved W1 and of W2: the row of 128 that stands in each place of a half tile."""
 
 
@@ -46,8 +46,8 @@ def w2_rows(n: int) -> Tensor:
 
 
 def _half_tiles(rows: Tensor) -> Tensor:
-    _check("weight rows", len(rows), TURN_N)
-    return rows.view(-1, TURN_N)
+    _check("weight rows", len(rows), HALF_N)
+    return rows.view(-1, HALF_N)
 
 
 def tiled(codes: Tensor, rows: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ def tiled(codes: Tensor, rows: Tensor) -> Tensor:
 
 def _tiled(codes: Tensor) -> Tensor:
     experts, n, k = codes.shape
-    halves = _swizzled(codes.reshape(experts, n // TURN_N, TURN_N, k // BLOCK_K, CHUNKS, CHUNK))
+    halves = _swizzled(codes.reshape(experts, n // HALF_N, HALF_N, k // BLOCK_K, CHUNKS, CHUNK))
     pairs = n // BLOCK_N
     whole = halves[:, : 2 * pairs].unflatten(1, (pairs, 2)).permute(0, 1, 4, 2, 3, 5, 6)
     rest = halves[:, 2 * pairs :].permute(0, 1, 3, 2, 4, 5)
@@ -79,15 +79,15 @@ def untiled(codes: Tensor, rows: Tensor) -> Tensor:
     experts, n, k = _sizes(codes)
     pairs, blocks = n // BLOCK_N, k // BLOCK_K
     flat = codes.view(experts, n * k)
-    whole = flat[:, : pairs * BLOCK_N * k].view(experts, pairs, blocks, 2, TURN_N, CHUNKS, CHUNK)
-    rest = flat[:, pairs * BLOCK_N * k :].view(experts, n // TURN_N - 2 * pairs, blocks, TURN_N, CHUNKS, CHUNK)
+    whole = flat[:, : pairs * BLOCK_N * k].view(experts, pairs, blocks, 2, HALF_N, CHUNKS, CHUNK)
+    rest = flat[:, pairs * BLOCK_N * k :].view(experts, n // HALF_N - 2 * pairs, blocks, HALF_N, CHUNKS, CHUNK)
     halves = torch.cat([whole.permute(0, 1, 3, 4, 2, 5, 6).flatten(1, 2), rest.permute(0, 1, 3, 2, 4, 5)], dim=1)
     return _swizzled(halves).view(experts, n, k).index_select(1, rows.argsort().to(codes.device))
 
 
 def _sizes(codes: Tensor) -> tuple[int, int, int]:
     experts, n, k = codes.shape
-    _check("weight rows", n, TURN_N)
+    _check("weight rows", n, HALF_N)
     _check("weight columns", k, BLOCK_K)
     return experts, n, k
 

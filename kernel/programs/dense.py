@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megaproof import HOME
-from megaproof.kernel.host.sizes import BLOCK_M, BLOCK_N, ROLES, THREADS, ring_bytes
+from megaproof.kernel.host.sizes import BLOCK_M, BLOCK_N, GEMM_DEFINES, ROLES, THREADS, ring_bytes
 from megaproof.toolchain.launch import TensorMap, require_device, tensor_map
 from megaproof.toolchain.program import Program
 
@@ -19,7 +19,7 @@ PROGRAM = Program(
     name="dense",
     sources=(HOME / "kernel" / "programs" / "dense.cu",),
     entries=("dense_128", "dense_64"),
-    defines={"SHARED_BYTES": ring_bytes()},
+    defines={**GEMM_DEFINES, "SHARED_BYTES": ring_bytes()},
     shared=ring_bytes(),
     static=0,
     gemm=("dense_",),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megaproof import HOME
-from megaproof.kernel.host.sizes import BLOCK_N, GROUP, ROLES, THREADS, ring_bytes
+from megaproof.kernel.host.sizes import BLOCK_N, GEMM_DEFINES, GROUP, ROLES, THREADS, ring_bytes
 from megaproof.kernel.host.sizes import check_recipe as check_any
 from megaproof.kernel.programs.dense import BLOCK
 from megaproof.quant.recipe import Recipe
@@ -24,7 +24,7 @@ PROGRAM = Program(
     name="grouped",
     sources=(HOME / "kernel" / "programs" / "grouped.cu",),
     entries=("grouped_l1_fast", "grouped_l1_precise", "grouped_l2"),
-    defines={"SHARED_BYTES": ring_bytes()},
+    defines={**GEMM_DEFINES, "SHARED_BYTES": ring_bytes()},
     shared=ring_bytes(),
     static=0,
     gemm=("grouped_",),

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from megaproof import HOME
 from megaproof.kernel.host.params import Params
-from megaproof.kernel.host.sizes import GRANULARITIES, GROUP, ROLES, shared_bytes
+from megaproof.kernel.host.sizes import DEFINES, GRANULARITIES, GROUP, ROLES, shared_bytes
 from megaproof.toolchain.program import Program
 
 ENTRIES = ("moe_fast", "moe_precise")
@@ -18,7 +18,12 @@ def _shipped(granularity: int) -> Program:
         name="moe" if granularity == GROUP else f"moe_g{granularity}",
         sources=(HOME / "kernel" / "moe_sm90.cu",),
         entries=ENTRIES,
-        defines={"SHARED_BYTES": shared_bytes(), "PARAMS_BYTES": ctypes.sizeof(Params), "GRANULARITY": granularity},
+        defines={
+            **DEFINES,
+            "SHARED_BYTES": shared_bytes(),
+            "PARAMS_BYTES": ctypes.sizeof(Params),
+            "GRANULARITY": granularity,
+        },
         shared=shared_bytes(),
         # The meetings of barrier.cuh have a few static words, of which the alignment of the dynamic part makes 1,024.
         static=1024,

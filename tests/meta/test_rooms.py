@@ -73,8 +73,8 @@ def test_shared_names_are_defined_in_both_wings(room: str) -> None:
 
 
 def test_both_wings_have_the_same_tile_and_groups() -> None:
-    kernel = sizes.BLOCK_M, sizes.BLOCK_N, sizes.TURN_N, sizes.GROUP_BLOCKS
-    assert kernel == (layout.BLOCK_M, scheduler.BLOCK_N, scheduler.TURN_N, scheduler.GROUP_BLOCKS)
+    kernel = sizes.BLOCK_M, sizes.BLOCK_N, sizes.HALF_N, sizes.WAVE_BLOCKS
+    assert kernel == (layout.BLOCK_M, scheduler.BLOCK_N, scheduler.HALF_N, scheduler.WAVE_BLOCKS)
 
 
 def test_peers_are_reached_through_layout_alone() -> None:

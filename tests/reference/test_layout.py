@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from megaproof.kernel.host import params
 from megaproof.kernel.host.buffer import BufferSize, RankViews
-from megaproof.kernel.host.sizes import GROUP_BLOCKS
+from megaproof.kernel.host.sizes import WAVE_BLOCKS
 from megaproof.reference import layout
 from megaproof.tests.support.runs import ROOT
 from megaproof.tests.support.sizes import SIZES
@@ -82,7 +82,7 @@ def test_slots_and_lists_have_places_of_their_own(capacity: int, topk: int, rank
             assert layout.recv_count(source, e, local) == counts[source, e]
 
 
-@given(st.integers(2 * GROUP_BLOCKS, 200), st.integers(0, 1000), st.integers(0, layout.BLOCK_M - 1))
+@given(st.integers(2 * WAVE_BLOCKS, 200), st.integers(0, 1000), st.integers(0, layout.BLOCK_M - 1))
 def test_as_many_blocks_as_the_ring_has_share_no_row(ring: int, block: int, row: int) -> None:
     at = [layout.ring_row(b, row, ring) for b in range(block, block + ring + 1)]
     assert len(set(at)) == ring

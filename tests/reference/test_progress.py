@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megaproof.reference import scheduler
-from megaproof.reference.scheduler import GROUP_BLOCKS, TURN_N, Task
+from megaproof.reference.scheduler import HALF_N, WAVE_BLOCKS, Task
 from megaproof.tests.reference.test_scheduler import BLOCKS, COLUMNS, LEAST, MANY
 
 
@@ -116,7 +116,7 @@ class Machine:
             raise Race(task)
         if not task.l2:
             self.standing[True][task.block % self.ring] = task.block
-        self.turns[task.l2][task.block] += task.columns // TURN_N
+        self.turns[task.l2][task.block] += task.columns // HALF_N
         assert task not in self.done
         self.done.add(task)
         return True
@@ -132,7 +132,7 @@ class Machine:
 
 
 ORDER = st.lists(st.tuples(st.integers(0, 40), st.integers(1, 60)), max_size=30)
-RINGS = st.sampled_from([LEAST, LEAST + 1, 3 * GROUP_BLOCKS, 4 * GROUP_BLOCKS, 1000])
+RINGS = st.sampled_from([LEAST, LEAST + 1, 3 * WAVE_BLOCKS, 4 * WAVE_BLOCKS, 1000])
 
 
 @given(MANY, COLUMNS, COLUMNS, BLOCKS, RINGS, st.integers(1, 4), st.integers(1, 20), ORDER)
@@ -157,9 +157,9 @@ def test_a_deadlock_is_seen(blocks: int) -> None:
     assert len(backwards.stuck([])) == len(backwards.tasks) == 12
 
 
-@pytest.mark.parametrize(("blocks", "ring"), [(1, LEAST - 1), (1, GROUP_BLOCKS), (2, GROUP_BLOCKS), (9, GROUP_BLOCKS)])
+@pytest.mark.parametrize(("blocks", "ring"), [(1, LEAST - 1), (1, WAVE_BLOCKS), (2, WAVE_BLOCKS), (9, WAVE_BLOCKS)])
 def test_a_ring_of_less_than_two_groups_would_be_a_deadlock(blocks: int, ring: int) -> None:
-    full = [[128 * 3 * GROUP_BLOCKS]]
+    full = [[128 * 3 * WAVE_BLOCKS]]
     assert Machine(full, 256, 256, blocks, LEAST).stuck([]) == []
     assert Machine(full, 256, 256, blocks, ring).stuck([]) != []
 
@@ -168,7 +168,7 @@ def test_a_ring_of_less_than_two_groups_would_be_a_deadlock(blocks: int, ring: i
 @pytest.mark.parametrize("forget", [False, True], ids=["waits", "forgets"])
 def test_a_wait_for_the_ring_that_is_left_out_is_seen(l2: bool, forget: bool) -> None:
     """One block pauses as it has begun its first tile of a GEMM; the others go as far as they can."""
-    rank = Machine([[128 * 4 * GROUP_BLOCKS]], 256, 256, 4, LEAST)
+    rank = Machine([[128 * 4 * WAVE_BLOCKS]], 256, 256, 4, LEAST)
     rank.forget = l2 if forget else None
     slow = None
     while slow is None:

@@ -20,7 +20,7 @@ from megaproof.kernel.host import sizes
 from megaproof.kernel.host.params import KernelShape
 from megaproof.kernel.programs.moe import moe
 from megaproof.reference import layout, scheduler
-from megaproof.reference.scheduler import BLOCK_M, BLOCK_N, GROUP_BLOCKS, TURN_N, Plan, Task
+from megaproof.reference.scheduler import BLOCK_M, BLOCK_N, HALF_N, WAVE_BLOCKS, Plan, Task
 from megaproof.tests.reference.test_layout import COUNTS
 from megaproof.toolchain import build
 
@@ -32,7 +32,7 @@ MANY = st.lists(
     max_size=2,
 )
 """[R][E_loc], up to eight groups of pool blocks, with experts across the edges of groups."""
-LEAST = 2 * GROUP_BLOCKS
+LEAST = 2 * WAVE_BLOCKS
 """Blocks of the smallest ring."""
 
 
@@ -115,8 +115,8 @@ def test_every_tile_is_a_task_once(counts: list[list[int]], hidden: int, interme
     for task in scheduler.all_tasks(plan, hidden, intermediate):
         assert task.expert == scheduler.expert_of(plan, task.block)
         assert task.rows == scheduler.num_rows_in_block(plan, task.expert, task.block)
-        assert task.columns in (TURN_N, BLOCK_N)
-        turns = range(task.first_column // TURN_N, (task.first_column + task.columns) // TURN_N)
+        assert task.columns in (HALF_N, BLOCK_N)
+        turns = range(task.first_column // HALF_N, (task.first_column + task.columns) // HALF_N)
         done.update((task.l2, task.block, turn) for turn in turns)
     turns = {False: scheduler.num_gemm1_half_tiles(intermediate), True: scheduler.num_gemm2_half_tiles(hidden)}
     pool_blocks = range(plan.first_block[-1])
@@ -126,7 +126,7 @@ def test_every_tile_is_a_task_once(counts: list[list[int]], hidden: int, interme
 @given(COUNTS | MANY, COLUMNS, COLUMNS)
 def test_gemm_2_of_a_group_follows_gemm_1_of_the_next(counts: list[list[int]], hidden: int, intermediate: int) -> None:
     order = scheduler.all_tasks(scheduler.make_plan(counts, hidden, 4), hidden, intermediate)
-    phases = [phase for phase, _ in groupby((task.l2, task.block // GROUP_BLOCKS) for task in order)]
+    phases = [phase for phase, _ in groupby((task.l2, task.block // WAVE_BLOCKS) for task in order)]
     groups = len(phases) // 2
     wanted = sorted(((l2, j) for l2 in (False, True) for j in range(groups)), key=lambda p: (p[1] + 1.5 * p[0], p[0]))
     assert phases == wanted
@@ -136,11 +136,11 @@ def test_gemm_2_of_a_group_follows_gemm_1_of_the_next(counts: list[list[int]], h
 def test_an_experts_weights_are_read_once_a_group(counts: list[list[int]], hidden: int, intermediate: int) -> None:
     """Tiles of one group that take the same weights stand together."""
     order = scheduler.all_tasks(scheduler.make_plan(counts, hidden, 4), hidden, intermediate)
-    read = [key for key, _ in groupby((t.l2, t.block // GROUP_BLOCKS, t.expert, t.first_column) for t in order)]
+    read = [key for key, _ in groupby((t.l2, t.block // WAVE_BLOCKS, t.expert, t.first_column) for t in order)]
     assert len(read) == len(set(read))
 
 
-@given(MANY, COLUMNS, COLUMNS, st.integers(LEAST, 5 * GROUP_BLOCKS))
+@given(MANY, COLUMNS, COLUMNS, st.integers(LEAST, 5 * WAVE_BLOCKS))
 def test_what_a_task_waits_for_stands_before_it(
     counts: list[list[int]], hidden: int, intermediate: int, ring: int
 ) -> None:
@@ -263,5 +263,5 @@ def test_the_math_warpgroups_share_out_a_tile(compiled: ctypes.CDLL, columns: in
             out = (ctypes.c_uint32 * 3)()
             compiled.share(warpgroup, rows, columns, out)
             first_row, first_column, turns = out
-            done.update((first_row, first_column + turn * sizes.TURN_N) for turn in range(turns))
-        assert done == Counter((r, c) for r in range(0, rows, 64) for c in range(0, columns, sizes.TURN_N))
+            done.update((first_row, first_column + turn * sizes.HALF_N) for turn in range(turns))
+        assert done == Counter((r, c) for r in range(0, rows, 64) for c in range(0, columns, sizes.HALF_N))

@@ -15,7 +15,7 @@ from megaproof.cases.cases import Case
 from megaproof.cases.compare import same
 from megaproof.cases.inputs import Inputs
 from megaproof.kernel import api
-from megaproof.kernel.host.sizes import BLOCK_M, GRANULARITIES, GROUP_BLOCKS, aligned
+from megaproof.kernel.host.sizes import BLOCK_M, GRANULARITIES, WAVE_BLOCKS, aligned
 from megaproof.proof import tally as compared
 from megaproof.proof.adapters import Prepared
 from megaproof.proof.adapters.megaproof import MegaproofAdapter
@@ -32,7 +32,7 @@ LOCAL = replace(SHAPES["dsv4_flash"], name="dsv4_flash_local", experts=32)
 TOKENS = 129
 UNEVEN = (33, 0, 64, 1, 7, 128, 129, 65)
 """For 8 ranks: many rows an expert."""
-LEAST = 2 * GROUP_BLOCKS
+LEAST = 2 * WAVE_BLOCKS
 """Blocks of the smallest ring."""
 RECYCLING = {
     "smoke-r1": (SMOKE, (3000,)),

@@ -18,7 +18,7 @@ from megaproof.cases.inputs import Inputs
 from megaproof.cases.inputs.draws import MASK, TOPK, stream
 from megaproof.cases.pairwise import Row, table
 from megaproof.kernel.host.buffer import BufferSize
-from megaproof.kernel.host.sizes import BLOCK_M, GRANULARITIES, GROUP, GROUP_BLOCKS, MAX_EXPERTS, MAX_RANKS
+from megaproof.kernel.host.sizes import BLOCK_M, GRANULARITIES, GROUP, MAX_EXPERTS, MAX_RANKS, WAVE_BLOCKS
 from megaproof.proof.adapters import Adapter, Prepared
 from megaproof.proof.prove import Proof, prove
 from megaproof.quant import philox
@@ -172,7 +172,7 @@ def padded_work(case: Case, spare: int) -> int:
 MOST_EMULATED = 330_000_000
 """Multiplications that the emulator does within a second or two."""
 
-LEAST = 2 * GROUP_BLOCKS
+LEAST = 2 * WAVE_BLOCKS
 
 RECYCLED = [entry for entry in SWEEP if size_of(*entry).pool_blocks > LEAST]
 """Where the smallest ring is smaller than the pool."""

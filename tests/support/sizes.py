@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import strategies as st
 
 from megaproof.kernel.host.buffer import BufferSize
-from megaproof.kernel.host.sizes import GROUP_BLOCKS, MAX_RANKS
+from megaproof.kernel.host.sizes import MAX_RANKS, WAVE_BLOCKS
 
 
 def _problem(ranks: int, local: int, topk: int, units: tuple[int, int], capacity: int, ring: int | None) -> BufferSize:
@@ -20,6 +20,6 @@ SIZES = st.builds(
     topk=st.integers(1, 32),
     units=st.tuples(st.integers(1, 56), st.integers(1, 24)),
     capacity=st.integers(1, 10_000) | st.integers(1, 200_000),
-    ring=st.none() | st.integers(2 * GROUP_BLOCKS, 500),
+    ring=st.none() | st.integers(2 * WAVE_BLOCKS, 500),
 )
 """Up to 64 experts a rank, 7,168 by 3,072, 200,000 tokens, and any ring."""

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from megaproof.kernel.host.buffer import FIELDS, BufferSize, RankViews, Region, names_of
 from megaproof.kernel.host.params import SHAPE_FIELDS, KernelShape, Offsets
-from megaproof.kernel.host.sizes import GROUP_BLOCKS, MAX_EXPERTS, MAX_RANKS, RING_BLOCKS, ConfigError
+from megaproof.kernel.host.sizes import MAX_EXPERTS, MAX_RANKS, RING_BLOCKS, WAVE_BLOCKS, ConfigError
 from megaproof.tests.support.sizes import SIZES
 
 GOOD = {"ranks": 8, "experts": 256, "topk": 6, "hidden": 4096, "intermediate": 2048, "capacity": 64}
@@ -86,7 +86,7 @@ def test_fields_do_not_overlap(size: BufferSize) -> None:
         ("capacity", 0, "num_max_tokens_per_rank = 0"),
         ("capacity", 1 << 29, "below 2\\^31"),
         ("capacity", 90_000_000, "the ranks' slots must be below 2\\^32"),
-        ("ring", 2 * GROUP_BLOCKS - 1, "ring_blocks = 47 must be at least 48"),
+        ("ring", 2 * WAVE_BLOCKS - 1, "ring_blocks = 47 must be at least 48"),
         ("ring", 0, "ring_blocks = 0 must be"),
     ],
     ids=str,

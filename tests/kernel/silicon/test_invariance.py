@@ -17,7 +17,7 @@ from megaproof.cases import inputs
 from megaproof.cases.cases import Case
 from megaproof.kernel.host import plans
 from megaproof.kernel.host.buffer import BufferSize
-from megaproof.kernel.host.sizes import BLOCK_M, GROUP_BLOCKS, RING_BLOCKS
+from megaproof.kernel.host.sizes import BLOCK_M, RING_BLOCKS, WAVE_BLOCKS
 from megaproof.proof.adapters import Prepared
 from megaproof.proof.guards import GuardedAdapter, assert_nothing_else_is_written
 from megaproof.quant.shapes import Shape
@@ -174,7 +174,7 @@ def test_the_memory_for_activations_changes_nothing(
     made, wanted = problem(case)
     assert recycled(wanted, LEAST)
     slots = None
-    for ring_blocks in (None, LEAST, LEAST + 1, 3 * GROUP_BLOCKS, RING_BLOCKS):
+    for ring_blocks in (None, LEAST, LEAST + 1, 3 * WAVE_BLOCKS, RING_BLOCKS):
         with closing(GuardedAdapter(ring_blocks)) as adapter:
             y, counts = run(adapter, case, made)
             assert adapter.buffer is not None
