@@ -1,4 +1,4 @@
-"""`python -m proof wrong | sanitize | emulate | delays | gloo`: proofs that are run by hand, beside the gate's own."""
+"""`python -m proof wrong | sanitize | emulate | delays | gloo | report`: proofs run by hand, and a run shown again."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import typer
 from megaproof.proof.emulated import emulate_command
 from megaproof.proof.faults.adapters import wrong_command
 from megaproof.proof.faults.delays import delays_command
+from megaproof.proof.report.command import report_command
 from megaproof.proof.sanitize import sanitize_command
 from megaproof.proof.worlds.command import gloo_command
 
@@ -16,6 +17,7 @@ app.command("sanitize")(sanitize_command)
 app.command("emulate")(emulate_command)
 app.command("delays")(delays_command)
 app.command("gloo")(gloo_command)
+app.command("report")(report_command)
 
 
 @app.callback()

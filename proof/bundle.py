@@ -20,9 +20,9 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from megaproof import HOME
 from megaproof.cases import case_io
 from megaproof.cases.cases import Case
+from megaproof.proof import report
 from megaproof.proof.divergence import Divergence
 from megaproof.quant import twin
 from megaproof.quant.recipe import RecipeError
@@ -30,7 +30,6 @@ from megaproof.quant.stored import unsigned
 from megaproof.reference.stages import STAGES
 from megaproof.toolchain.files import replace
 
-FOLDER = HOME / "reports" / "bundles"
 LARGEST = 1 << 20
 """Bytes of a bundle."""
 FORMAT = 1
@@ -57,8 +56,10 @@ class Bundle:
     versions: dict[str, str]
 
 
-def write(divergence: Divergence, case: Case, folder: Path = FOLDER) -> Path:
+def write(divergence: Divergence, case: Case, folder: Path | None = None) -> Path:
     """Writes the bundle of a divergence and returns the path of its JSON; an older one of the same name is replaced.
+
+    folder: default: `bundles` in the folder of reports, see `report.folder`.
 
     Raises BundleError for a divergence without an element (a wrong shape), and above LARGEST bytes.
     """
@@ -87,6 +88,7 @@ def write(divergence: Divergence, case: Case, folder: Path = FOLDER) -> Path:
     text = (json.dumps(entry, indent=1) + "\n").encode()
     if len(blob) + len(text) > LARGEST:
         raise BundleError(f"the bundle of {case.id} would be {len(blob) + len(text):,} bytes; at most {LARGEST:,}")
+    folder = folder or report.folder() / "bundles"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{case.id}-{divergence.stage}.json"
     path.unlink(missing_ok=True)

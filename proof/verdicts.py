@@ -1,24 +1,29 @@
-"""What a whole run amounts to: counts, skips by reason, when a run without a failure is not green. Needs no torch."""
+"""What a whole run amounts to: takes every report into the record, and says when a run without a failure is not green.
+
+Needs no torch. Exit statuses are pytest's own, with these additions: 5 also when tests were selected and none of them
+passed or failed, when `--ranks` left no case, when `--kernel` names a kernel and no proof of it ran, or when under
+`--require-gpu` all proofs are of recipes that the kernel does not claim (a run that compared nothing is not green);
+1 also when a module of ours was loaded under two names; and 3 for an environment that can't run the suite at all.
+"""
 
 from __future__ import annotations
 
 import sys
-from collections import Counter
+import time
 
 import pytest
 
-from megaproof.proof import tally
+from megaproof.proof import loaded, report, tally
+from megaproof.proof.record import NOT_CLAIMED, Record, Test
+from megaproof.proof.report import text
 
 REPRODUCE = "reproduce with"
 """Title of the line that ends every failure."""
-KERNEL_PROPERTY, CASE_PROPERTY = "kernel", "case"
-"""Properties of a test that compared a kernel with the reference, and of one that ran on a case."""
-COMPARED_PROPERTY = "compared"
-"""What a passed test has compared a kernel in, see proof/tally.py."""
-NOT_CLAIMED = "not claimed"
-"""Start of the skip of a recipe that an adapter says it can't run: a statement about the kernel, not a missing GPU."""
-DROPPED = "megaproof_dropped_cases"
-"""What a worker of pytest-xdist tells at its end."""
+KERNEL_PROPERTY, CASE_PROPERTY, COMPARED_PROPERTY, REPRODUCE_PROPERTY = "kernel", "case", "compared", "reproduce"
+"""Properties of a test that compared a kernel with the reference, of one that ran on a case, of a passed one what it
+compared a kernel in (see proof/tally.py), and of a failed one the command that repeats it."""
+FROM_WORKER = "megaproof"
+"""What a worker of pytest-xdist tells at its end: tests dropped, tests selected, names of modules."""
 OUT_OF_MEMORY = "out of GPU memory, which says nothing about the kernel: fewer workers (-n), or a GPU that is free"
 """Note of an error that is not the kernel's."""
 
@@ -35,85 +40,104 @@ def out_of_memory(error: BaseException | None) -> bool:
 
 
 def skip_reason(report: pytest.TestReport | pytest.CollectReport) -> str:
+    """The reason that was given for a skip."""
     text = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
     return text.removeprefix("Skipped: ")
 
 
-class Verdicts:
-    """What a whole run amounts to. With pytest-xdist the controller sees the reports of all workers."""
+def unproven(record: Record) -> str:
+    """Why a run without a failure proves nothing, or ''."""
+    if not record.compared:
+        return "No test passed or failed"
+    if record.dropped and not record.on_cases:
+        return f"No case of --ranks {','.join(map(str, record.options['ranks']))} ran"
+    if record.kernel_named and not record.kernel_proofs:
+        return f"No proof of --kernel {record.options['kernel']} ran"
+    unclaimed = sum(count for reason, count in record.skips.items() if reason.startswith(NOT_CLAIMED))
+    if record.options["require_gpu"] and unclaimed and not record.kernel_proofs:
+        return f"No proof of the kernel ran: all {unclaimed} are of recipes that it does not claim"
+    return ""
 
-    def __init__(self, config: pytest.Config, default_kernel: str) -> None:
-        self.compared = 0
-        self.kernel = config.option.kernel
-        self.named = self.kernel != default_kernel
-        self.kernel_proofs = self.cases = 0
-        self.ranks, self.require_gpu = config.option.ranks, config.option.require_gpu
-        self.dropped = 0
-        """Tests on cases that --ranks left out."""
-        self.skips: Counter[str] = Counter()
-        self.tally: tally.Tally = {}
-        self.failures: list[str] = []
+
+class Verdicts:
+    """The pytest plugin that keeps the record. With pytest-xdist the controller sees the reports of all workers."""
+
+    def __init__(self, config: pytest.Config, record: Record) -> None:
+        self.record = record
         self.is_worker = hasattr(config, "workerinput")
-        self.runs_tests = not config.option.collectonly
+        self._begun = time.monotonic()
+        self._written = ""
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """One phase of one test: setup, call or teardown."""
+        record, properties = self.record, dict(report.user_properties)
+        test = record.tests.setdefault(report.nodeid, Test(report.nodeid))
+        test.seconds = round(test.seconds + getattr(report, "duration", 0.0), 3)
         if report.skipped and not hasattr(report, "wasxfail"):
-            self.skips[skip_reason(report)] += 1
+            test.outcome, test.skip = "skipped", skip_reason(report)
+            record.skips[test.skip] = record.skips.get(test.skip, 0) + 1
+        elif report.skipped:
+            test.outcome = "xfailed"
         elif report.failed or (report.passed and report.when == "call"):
-            self.compared += 1
-            properties = dict(report.user_properties)
-            self.kernel_proofs += report.failed or KERNEL_PROPERTY in properties
-            self.cases += CASE_PROPERTY in properties
-            tally.merge(self.tally, properties.get(COMPARED_PROPERTY, {}) if report.passed else {})
-        self._note_failure(report)
+            test.outcome = "passed" if report.passed else "failed" if report.when == "call" else "error"
+            record.compared += 1
+            record.kernel_proofs += report.failed or KERNEL_PROPERTY in properties
+            record.on_cases += CASE_PROPERTY in properties
+            tally.merge(record.tally, properties.get(COMPARED_PROPERTY, {}) if report.passed else {})
+        test.case = properties.pop(CASE_PROPERTY, test.case)
+        test.kernel = str(properties.pop(KERNEL_PROPERTY, test.kernel))
+        ours = (COMPARED_PROPERTY, REPRODUCE_PROPERTY)
+        test.properties |= {name: value for name, value in properties.items() if name not in ours}
+        test.reproduce += self._note_failure(report)
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        """One file, class or module that was looked through for tests."""
         if report.skipped:
-            self.skips[f"{skip_reason(report)} (a whole {'file' if report.nodeid.endswith('.py') else 'group'})"] += 1
+            reason = f"{skip_reason(report)} (a whole {'file' if report.nodeid.endswith('.py') else 'group'})"
+            self.record.skips[reason] = self.record.skips.get(reason, 0) + 1
         self._note_failure(report)
 
-    def _note_failure(self, report: pytest.TestReport | pytest.CollectReport) -> None:
-        self.failures += [line for name, line in report.sections if name == REPRODUCE]
+    def _note_failure(self, report: pytest.TestReport | pytest.CollectReport) -> list[str]:
+        lines = [line for name, line in report.sections if name == REPRODUCE]
+        self.record.reproduce += lines
+        return lines
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: object) -> None:
         """A worker of pytest-xdist has ended: each has collected all tests, the controller none."""
-        self.dropped = max(self.dropped, getattr(node, "workeroutput", {}).get(DROPPED, 0))
+        told = getattr(node, "workeroutput", {}).get(FROM_WORKER, {})
+        self.record.dropped = max(self.record.dropped, told.get("dropped", 0))
+        self.record.selected = told.get("selected", self.record.selected)
+        self.record.names = sorted({*self.record.names, *told.get("names", ())})
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        """Decides what the run amounts to, and writes the record."""
+        record = self.record
+        record.names = sorted({*record.names, *loaded.problems()})
         if self.is_worker:
-            session.config.workeroutput[DROPPED] = self.dropped
-        if exitstatus == pytest.ExitCode.OK and self.runs_tests and not self.is_worker and self._unproven():
+            told = {"dropped": record.dropped, "selected": record.selected, "names": record.names}
+            session.config.workeroutput[FROM_WORKER] = told  # type: ignore[attr-defined]
+            return
+        record.unproven = "" if record.listed_only else unproven(record)
+        if record.unproven and exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED
-
-    def _unproven(self) -> str:
-        """Why a run without a failure proves nothing, or ''."""
-        if not self.compared:
-            return "No test passed or failed"
-        if self.dropped and not self.cases:
-            return f"No case of --ranks {','.join(map(str, sorted(self.ranks)))} ran"
-        if self.named and not self.kernel_proofs:
-            return f"No proof of --kernel {self.kernel} ran"
-        unclaimed = sum(count for reason, count in self.skips.items() if reason.startswith(NOT_CLAIMED))
-        if self.require_gpu and unclaimed and not self.kernel_proofs:
-            return f"No proof of the kernel ran: all {unclaimed} are of recipes that it does not claim"
-        return ""
+        if record.names and session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        record.exit_status = int(session.exitstatus)
+        record.seconds = round(time.monotonic() - self._begun, 3)
+        if not record.listed_only:
+            try:
+                self._written = f"record of this run: {record.write(report.folder())}"
+            except OSError as error:  # a folder that can't be written to is no verdict
+                self._written = f"record of this run: not written ({error})"
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-        write = terminalreporter.write_line
-        if self.skips:
-            terminalreporter.section("skipped, by reason")
-            for reason, count in self.skips.most_common():
-                write(f"{count:5d}  {reason}")
-        if self.tally:
-            terminalreporter.section("equal to the reference, bit for bit")
-            for line in tally.lines(self.tally):
-                write(line)
-        if self.failures and "no" in (config.option.tbstyle, config.option.showcapture):  # the tracebacks hid them
-            terminalreporter.section(REPRODUCE)
-            for line in self.failures:
-                write(line)
-        if self.runs_tests and (reason := self._unproven()):
-            terminalreporter.section("nothing was compared")
-            write(f"{reason}, so nothing is proven: this is not green (exit status 5).")
+        """Shows the record; the lines that repeat failures only where the tracebacks hid them."""
+        hidden = "no" in (config.option.tbstyle, config.option.showcapture)
+        for title, lines in text.sections(self.record, reproduce=hidden):
+            terminalreporter.section(title)
+            for line in lines:
+                terminalreporter.write_line(line)
+        if self._written and terminalreporter.verbosity >= 0:
+            terminalreporter.write_line(self._written)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megaproof.proof import adapters
+from megaproof.proof import adapters, options
 from megaproof.proof.adapters.megaproof import MegaproofAdapter
 from megaproof.proof.adapters.reference import ReferenceAdapter
 from megaproof.tests.support.patience import PATIENCE_S
@@ -23,29 +23,9 @@ BAD = {
     "no_such_module:make": "module no_such_module can't be imported: No module named 'no_such_module'",
     "megaproof.proof.adapters.reference:no_such": "module megaproof.proof.adapters.reference has no no_such",
     "megaproof.proof.adapters:WORLDS": "WORLDS is a tuple, not a function",
-    "megaproof.tests.meta.test_adapters:half": "returned a Half without prepare, launch, stages, y, stats, close",
-    "megaproof.tests.meta.test_adapters:nameless": "returned a Nameless without name (a str)",
+    "megaproof.tests.support.half_adapters:half": "returned a Half without prepare, launch, stages, y, stats, close",
+    "megaproof.tests.support.half_adapters:nameless": "returned a Nameless without name (a str)",
 }
-
-
-class Half:
-    name = "half an adapter"
-    y = None
-
-    def claims(self, recipe: object) -> None:
-        return None
-
-
-class Nameless(ReferenceAdapter):
-    name = None  # type: ignore[assignment]
-
-
-def half() -> Half:
-    return Half()
-
-
-def nameless() -> Nameless:
-    return Nameless()
 
 
 @pytest.mark.parametrize("spec", BAD)
@@ -71,11 +51,10 @@ def test_the_default_is_an_adapter() -> None:
     adapter.close()
 
 
-def test_conftest_knows_the_same_default_and_worlds() -> None:
-    """It can't import them: torch is slow to start."""
-    text = (ROOT / "proof/plugin.py").read_text()
-    assert f'DEFAULT_KERNEL = "{adapters.DEFAULT}"' in text
-    assert "choices=(" + ", ".join(f'"{world}"' for world in adapters.WORLDS) + ")" in text
+def test_the_options_know_the_same_default_and_worlds() -> None:
+    """They can't import them: torch is slow to start."""
+    assert options.DEFAULT_KERNEL == adapters.DEFAULT
+    assert options.WORLDS == adapters.WORLDS
 
 
 def test_pytest_refuses_it_at_the_start() -> None:

@@ -12,17 +12,9 @@ from megaproof.kernel.host import params
 from megaproof.kernel.host.buffer import BufferSize, RankViews
 from megaproof.kernel.host.sizes import WAVE_BLOCKS
 from megaproof.reference import layout
+from megaproof.tests.support.received import COUNTS
 from megaproof.tests.support.runs import ROOT
 from megaproof.tests.support.sizes import SIZES
-
-COUNTS = st.integers(1, 4).flatmap(
-    lambda experts: st.lists(
-        st.lists(st.sampled_from([0, 0, 1, 5, 127, 128, 129, 300]), min_size=experts, max_size=experts),
-        min_size=1,
-        max_size=4,
-    )
-)
-"""[R][E_loc], with the edges of a block."""
 
 
 def test_pool_rows_by_hand() -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from megaproof.reference import scheduler
 from megaproof.reference.scheduler import HALF_N, WAVE_BLOCKS, Task
-from megaproof.tests.reference.test_scheduler import BLOCKS, COLUMNS, LEAST, MANY
+from megaproof.tests.support.received import BLOCKS, COLUMNS, LEAST, MANY
 
 
 class Race(AssertionError):

@@ -21,19 +21,8 @@ from megaproof.kernel.host.params import KernelShape
 from megaproof.kernel.programs.moe import moe
 from megaproof.reference import layout, scheduler
 from megaproof.reference.scheduler import BLOCK_M, BLOCK_N, HALF_N, WAVE_BLOCKS, Plan, Task
-from megaproof.tests.reference.test_layout import COUNTS
+from megaproof.tests.support.received import BLOCKS, COLUMNS, COUNTS, LEAST, MANY
 from megaproof.toolchain import build
-
-COLUMNS = st.integers(1, 5).map(lambda n: n * 128)
-BLOCKS = st.integers(1, 9)
-MANY = st.lists(
-    st.lists(st.sampled_from([0, 0, 1, 127, 128, 129, 300, 1500, 2048, 3000]), min_size=4, max_size=4),
-    min_size=1,
-    max_size=2,
-)
-"""[R][E_loc], up to eight groups of pool blocks, with experts across the edges of groups."""
-LEAST = 2 * WAVE_BLOCKS
-"""Blocks of the smallest ring."""
 
 
 def test_a_plan_by_hand() -> None:
