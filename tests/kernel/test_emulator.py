@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -20,10 +19,10 @@ from megaproof.kernel.programs.moe import moe
 from megaproof.proof import exact
 from megaproof.proof.adapters import Prepared
 from megaproof.proof.adapters.emulated import EmulatedAdapter
-from megaproof.proof.faults import delays
+from megaproof.proof.faults import catalogue, delays, source
+from megaproof.proof.faults.source import narrow, replaced
 from megaproof.proof.guards import GuardedEmulatedAdapter
 from megaproof.proof.prove import Convicted, Proof, prove
-from megaproof.quant.recipe import Recipe
 from megaproof.quant.shapes import Shape
 from megaproof.reference.layer import LayerResult
 from megaproof.tests.support import problems
@@ -55,12 +54,6 @@ def test_every_stage_of_a_case_equals_the_reference(case: Case) -> None:
     assert done.elements > 0
     assert done.launches == 3
     assert bool(done.by_integers) == exact.on_lattice(case)
-
-
-def narrow(experts: int, tokens: tuple[int, ...], topk: int = 2, **recipe: object) -> Case:
-    """H = I = 128: one K block a tile, where roles hand over most often."""
-    shape = Shape("narrow", hidden=128, intermediate=128, experts=experts, topk=topk)
-    return Case(shape, tokens, recipe=Recipe(**recipe))
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -197,168 +190,11 @@ def test_a_launch_after_a_failure_computes_nothing(case: Case) -> None:
 # --- faults -----------------------------------------------------------------------------------------------------------
 
 
-def replaced(text: str, old: str, new: str) -> str:
-    assert text.count(old) == 1, f"{text.count(old)} places read {old!r}; a fault needs one"
-    return text.replace(old, new)
-
-
-@dataclass(frozen=True)
-class Fault:
-    """What is changed in the sources, and where it has to show."""
-
-    id: str
-    old: str
-    new: str
-    check: str
-    """A pattern of how the conviction begins: `Convicted.check`, or what the emulator or the adapter says."""
-    case: Case = SMOKE[1]
-    ring: int | None = None
-    seeds: tuple[int, ...] = (0,)
-    """Of the interleavings that are tried, until one shows it."""
-    also: tuple[str, str] | None = None
-    """Another place that has to change with it."""
-    timeout_steps: int = 1_000_000
-    """Of a role that waits in vain; below `most_steps`, so that it says so."""
-
-    def change(self, text: str) -> str:
-        for old, new in filter(None, ((self.old, self.new), self.also)):
-            text = replaced(text, old, new)
-        return text
-
-
-RACES = tuple(range(12))
-"""Behind the seed that is known to convict, where there is one: another compiler's code may need another."""
-SYNC = "    __syncthreads();\n    if (is_math)"
-RECYCLED = {"case": narrow(76, (190,)), "ring": 48, "seeds": (15, 7, 0, 3, 11, 19, 23)}
-GEMM_2_LATE = (
-    "    const u32 wanted_at = num_k_blocks",
-    """    if (task.is_gemm2 && rank.cta_idx == 0)
-        for (const u64 late = ptx::global_timer(); ptx::global_timer() - late < 300'000'000;) {}
-    const u32 wanted_at = num_k_blocks""",
-)
-"""Operands of GEMM 2 are read late in one block: 300,000 steps."""
-ANY_STAGE = "l1_acts|l2_acts|slots|y|written"
-NO_END = "deadlock|no end|rank "
-LONG = Case(Shape("long", hidden=8320, intermediate=128, experts=2, topk=1), (3, 2))
-"""Rows that travel in two steps."""
-LAST_CHAIN = "half_idx == kNumHalfTiles - 1 && scale_idx == kNumScales - 1"
-RELEASE = f"""                if ({LAST_CHAIN})
-                    release(&pipeline.empty_barriers[stage_idx]);
-"""
-FAULTS = (
-    Fault("group-size", "factor = pow2(-e)", "factor = pow2(-e - 1)", "l2_acts"),
-    Fault("scale-stride", "scale_idx) * shape.num_ring_rows", "scale_idx) * kBlockM", "l2_acts"),
-    Fault(
-        "half-tiles-apart",
-        "k_block_idx * num_side_by_side + half_idx % 2;",
-        "k_block_idx + half_idx % 2 * num_k_blocks;",
-        "l2_acts",
-    ),
-    Fault(
-        "odd-half-lost",
-        "num_halves = num_weight_rows / gemm::kHalfN;",
-        "num_halves = num_weight_rows / gemm::kBlockN * 2;",
-        "slots",
-        narrow(2, (60,)),
-    ),
-    Fault("scale-kind", "((scaled & 0x7FFFFF) != 0 ? 1 : 0)", "0", "l2_acts"),
-    Fault("clamp-form", "gate = fminf(gate, clamp);", "gate = fmaxf(fminf(gate, clamp), -clamp);", "l2_acts"),
-    Fault("weight-slot", "rank.peer_ptr<float>(source_idx, offset.topk_weights)[entry]", "1.0f", "l2_acts"),
-    Fault("mask", "static_cast<u64>(topk_idx) <", "static_cast<u64>(topk_idx) - 1 <", "a routed row"),
-    Fault(
-        "metadata",
-        "return slot_idx * params.shape.capacity + token_idx;",
-        "return slot_idx * params.shape.capacity;",
-        "a routed row",
-    ),
-    Fault(
-        "tail-row", "row_in_block + 8 * row_half >= num_rows", "row_in_block + 8 * row_half + 1 >= num_rows", "slots"
-    ),
-    Fault("stats", "stats_ptr[expert_idx] += ", "stats_ptr[expert_idx] = ", "stats of the second launch"),
-    Fault("combine", "sum[i][j] += __uint", "sum[i][j] = sum[i][j] * 0.5f + __uint", "y"),
-    Fault(
-        "expert-tail",
-        "expert_of(plan, num_experts, pool_block_idx);",
-        "expert_of(plan, num_experts - 1, pool_block_idx);",
-        "a routed row",
-    ),
-    Fault("no-promotion", "acc[i], sum[i]);", "acc[i], acc[i]);", "l2_acts"),
-    Fault("dirty-workspace", "if (first == 0) rank.workspace().num_tasks_taken = 0;", "", ANY_STAGE),
-    Fault(
-        "task-lost",
-        "task_idx = scheduler::next_task_idx(rank);",
-        "task_idx = 1 + scheduler::next_task_idx(rank);",
-        NO_END,
-    ),
-    Fault("parity", "&queue.wanted, i & 1, i,", "&queue.wanted, 0, i,", NO_END),
-    Fault("registers", "more_registers<registers::kMath>", "more_registers<registers::kMath + 8>", "deadlock"),
-    Fault("registers-back-early", SYNC, "    if (is_math)", NO_END, narrow(2, (60,)), seeds=(29, *RACES)),
-    Fault("stage-early", f"finish_chain(acc);\n{RELEASE}", f"{RELEASE}finish_chain(acc);", ANY_STAGE, seeds=RACES),
-    Fault(
-        "stage-twice",
-        RELEASE,
-        RELEASE.replace(" && scale_idx == kNumScales - 1", ""),
-        f"{ANY_STAGE}|{NO_END}",
-        seeds=RACES,
-    ),
-    Fault("rest-of-row", "if ((first += num_bytes) >= shape.hidden) break;", "break;", "l1_acts|a routed row", LONG),
-    Fault("rows-early", "kRowsArrived, task.num_rows);", "kRowsArrived, 1);", ANY_STAGE, narrow(2, (60,)), seeds=RACES),
-    Fault("columns-early", "scheduler::num_gemm1_half_tiles(shape));", "1);", ANY_STAGE, seeds=(1, *RACES)),
-    Fault(
-        "ring-acts-early",
-        "if (pool_block_idx < shape.num_ring_blocks) return true;",
-        "return true;",
-        ANY_STAGE,
-        **RECYCLED,
-    ),
-    Fault(
-        "ring-l2-early",
-        "if (is_ready && task.pool_block_idx >= num_ring_blocks)",
-        "if (0)",
-        ANY_STAGE,
-        **RECYCLED,
-        also=GEMM_2_LATE,
-        timeout_steps=3_000_000,
-    ),
-    Fault(
-        "finished-early",
-        "ptx::mbarrier_init(&mbarrier, gemm::kNumMathWarps);",
-        "ptx::mbarrier_init(&mbarrier, 1);",
-        f"{ANY_STAGE}|{NO_END}",
-        seeds=RACES,
-    ),
-    Fault("other-rows-entry", "        row_idx -= num_found;\n", "", "a routed row", narrow(2, (60,))),
-    Fault(
-        "other-experts-entry",
-        "expert_of_entry[first + lane_idx] == expert_idx",
-        "true",
-        "a routed row",
-        narrow(2, (60,)),
-    ),
-    Fault(
-        "flip-early",
-        "kFlip - (rank.num_ctas - 1)",
-        "kFlip",
-        f"{ANY_STAGE}|{NO_END}",
-        narrow(2, (60,)),
-        seeds=(7, *RACES),
-    ),
-    Fault("flip-late", "kFlip - (rank.num_ctas - 1)", "kFlip - rank.num_ctas", NO_END, narrow(2, (60,))),
-    Fault(
-        "last-by-count",
-        "& ~kFlip) == rank.num_ctas - 1",
-        "& ~kFlip) == rank.num_ctas - 2",
-        f"{ANY_STAGE}|{NO_END}|a routed",
-        narrow(2, (513,)),
-        seeds=(7, *RACES),
-    ),
-    Fault("report-lost", "return static_cast<void>(reporter.catch_up(i));", "return;", NO_END, narrow(2, (60,))),
-    Fault("store-early", "ptx::bulk_store_wait();", "", ANY_STAGE, narrow(2, (60,)), seeds=(11, *RACES)),
-)
+FAULTS = [fault.change for fault in catalogue.of("source") if fault.change in source.FAULTS]
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.id)
-def test_a_fault_in_the_sources_is_convicted(fault: Fault) -> None:
+def test_a_fault_in_the_sources_is_convicted(fault: source.Source) -> None:
     problem = prepared(fault.case)
     emulator.source(change=fault.change)  # a place that is not there is no conviction
     for seed in fault.seeds:
@@ -386,7 +222,7 @@ def test_a_fault_in_the_sources_is_convicted(fault: Fault) -> None:
 )
 def test_the_faults_are_in_sources_that_pass(case: Case, ring: int | None) -> None:
     """And within the time that a role of a faulty one has."""
-    assert proof(case, ring, timeout_steps=Fault.timeout_steps).elements > 0
+    assert proof(case, ring, timeout_steps=source.Source.timeout_steps).elements > 0
 
 
 def test_the_pool_of_registers_is_the_kernels() -> None:

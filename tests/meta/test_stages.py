@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megaproof.reference.stages import STAGES
-from megaproof.tests.meta.test_house import files
+from megaproof.tests.support.house import files
 from megaproof.tests.support.runs import ROOT
 from megaproof.toolchain import child
 

@@ -11,20 +11,22 @@ from megaproof.cases import inputs
 from megaproof.proof import __main__ as cli
 from megaproof.proof.adapters import Prepared
 from megaproof.proof.adapters.reference import ReferenceAdapter
-from megaproof.proof.faults import adapters
+from megaproof.proof.faults import adapters, catalogue
 from megaproof.proof.prove import Proof, prove
 from megaproof.reference.stages import SHOWN, STAGES
 from megaproof.tests.support import command_line
 
 
-@pytest.mark.parametrize("name", adapters.WRONG)
-def test_a_wrong_kernel_is_convicted_by_its_check(name: str, record_property: pytest.RecordProperty) -> None:
-    verdict = adapters.judge(name)
+@pytest.mark.parametrize("fault", catalogue.of("adapter"), ids=lambda fault: fault.id)
+def test_a_wrong_kernel_is_convicted_by_its_check(
+    fault: catalogue.Fault, record_property: pytest.RecordProperty
+) -> None:
+    verdict = adapters.judge(fault.id)
     record_property("convicted_by", verdict.convicted_by)
     record_property("calc_diff", verdict.calc_diff)
     record_property("tolerances_that_pass", [limit for limit, passed in verdict.passes.items() if passed])
-    print(f"{name}: {verdict}")
-    assert verdict.convicted_by == verdict.expected
+    print(f"{fault.id}: {verdict}")
+    assert verdict.convicted_by == verdict.expected == fault.convicted_by
 
 
 def test_a_right_kernel_is_not_convicted() -> None:

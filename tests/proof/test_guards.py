@@ -5,8 +5,6 @@ Under the emulator, with the kernel's own sources; on silicon test_kernel_invari
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 from hypothesis import given
@@ -15,6 +13,7 @@ from megaproof.cases.cases import Case
 from megaproof.kernel import emulator
 from megaproof.kernel.host.buffer import BufferSize, RankViews
 from megaproof.kernel.host.sizes import ALIGNMENT, GRANULARITIES
+from megaproof.proof.faults import catalogue, source
 from megaproof.proof.guards import (
     COUNTS,
     GUARD,
@@ -28,7 +27,6 @@ from megaproof.proof.guards import (
 from megaproof.proof.prove import prove
 from megaproof.quant.recipe import Recipe
 from megaproof.quant.shapes import Shape
-from megaproof.tests.kernel.test_emulator import replaced
 from megaproof.tests.support.problems import prepared
 from megaproof.tests.support.sizes import SIZES
 
@@ -103,48 +101,15 @@ def test_nothing_else_is_written(tokens: tuple[int, ...], granularity: int) -> N
 # --- that it would be seen --------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Fault:
-    """A write too far, and behind what it shows. Counts are sent where there are more slots than blocks count alone."""
-
-    id: str
-    old: str
-    new: str
-    behind: str
-    tokens: int = 33
-
-    def change(self, text: str) -> str:
-        return replaced(text, self.old, self.new)
-
-
-COUNT, SENT, SCALES = (
-    "rank.own.outputs.stats_ptr[expert_idx] += static_cast<int>(plan.num_rows[expert_idx]);",
-    "rank.recv_count(expert_idx / num_local_experts, rank.idx)[expert_idx % num_local_experts] = count;",
-    "i < shape.hidden / 128; i += 32)",
-)
-MORE = "rank.own.outputs.stats_ptr[rank.params.shape.num_local_experts]"
-ROW = "            if (is_inside[i])\n                *reinterpret_cast<uint4*>(y_ptr + i * 32 * kLaneColumns)"
-FAULTS = (
-    Fault("one-count-more", COUNT, f"{COUNT} if (!threadIdx.x) {MORE} = 7;", "stats"),
-    Fault("one-scale-more", SCALES, SCALES.replace("<", "<="), "l1_acts_sf"),
-    Fault(
-        "one-count-sent-more",
-        SENT,
-        f"{SENT} rank.recv_count(expert_idx / num_local_experts, rank.idx)[num_local_experts] = 0;",
-        "recv_count",
-        tokens=1025,
-    ),
-    Fault("columns-more", ROW, f"*reinterpret_cast<uint4*>(y_ptr + shape.hidden * (i + 1)) = {{}};\n{ROW}", "y"),
-)
+FAULTS = [fault.change for fault in catalogue.of("source") if fault.change in source.OVERWRITES]
 
 
 @emulated
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.id)
-def test_a_write_too_far_is_seen(fault: Fault) -> None:
-    """One expert of one block, so that what stands behind a field is a gap; all numbers of the layer stay right."""
+def test_a_write_too_far_is_seen(fault: source.Source) -> None:
     adapter = GuardedEmulatedAdapter(run=emulator.Run(change=fault.change))
-    with pytest.raises(Overwritten, match=f"^behind {fault.behind} of rank 0: byte") as caught:
-        prove(adapter, *prepared(narrow(1, (fault.tokens,), topk=1), "cpu"))
+    with pytest.raises(Overwritten, match=f"^{fault.check} of rank 0: byte") as caught:
+        prove(adapter, *prepared(fault.case, "cpu"))
     print(f"{fault.id}: {caught.value}")
 
 

@@ -16,13 +16,13 @@ from megaproof.proof import exact
 from megaproof.proof.adapters import Prepared
 from megaproof.proof.adapters.emulated import EmulatedAdapter
 from megaproof.proof.adapters.reference import ReferenceAdapter
+from megaproof.proof.faults import catalogue
 from megaproof.proof.prove import Convicted, prove, turned
 from megaproof.quant.recipe import Recipe
 from megaproof.quant.shapes import Shape
 from megaproof.reference.layer import LayerResult, moe_layer
 from megaproof.reference.oracle import NotLattice
 from megaproof.reference.stages import STAGES
-from megaproof.tests.kernel.test_emulator import replaced
 
 LATTICE = next(case for case in SMOKE if case.family == "lattice")
 
@@ -127,10 +127,7 @@ def test_a_rule_that_kernel_and_reference_misread_alike_is_seen() -> None:
 @pytest.mark.parametrize("granularity", [64, 128])
 def test_a_fault_in_the_sources_that_the_reference_shares_is_seen(granularity: int) -> None:
     """Routing weights of 1 in the kernel's own sources, and in what the reference was given."""
-
-    def weights_of_one(text: str) -> str:
-        return replaced(text, "rank.peer_ptr<float>(source_idx, offset.topk_weights)[entry]", "1.0f")
-
+    weights_of_one = catalogue.find("source", "weight-slot").change.change
     problem, expected, integers = solved(lattice(granularity))
     proof = prove(EmulatedAdapter(), problem, expected, integers=integers)
     assert proof.by_integers > 0

@@ -9,7 +9,7 @@ from megaproof.cases.run import run_case
 from megaproof.quant.recipe import RECIPES
 from megaproof.quant.shapes import Shape
 from megaproof.reference.stages import OUTPUTS, POOL_STAGES, SHOWN, STAGES
-from megaproof.tests.meta.test_house import tags
+from megaproof.tests.support.house import tags
 from megaproof.tests.support.runs import ROOT
 
 SHAPE = Shape("narrow", hidden=384, intermediate=256, experts=4, topk=3)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megaproof.proof.divergence import Divergence, compare_stages, first_divergence, report
+from megaproof.proof.faults import catalogue
 from megaproof.proof.faults.traces import CASE, PLANTS, bits_to, expected, found, layer, noise, plant, some
 from megaproof.quant.stored import unsigned
 from megaproof.reference.stages import SHOWN, STAGES
@@ -99,9 +100,9 @@ def test_a_large_stage_is_looked_at_in_part(monkeypatch: pytest.MonkeyPatch) -> 
     assert "400 rows" in divergence.report()
 
 
-@pytest.mark.parametrize("name", PLANTS)
-def test_a_planted_error_is_named(name: str) -> None:
-    error = PLANTS[name]
+@pytest.mark.parametrize("fault", catalogue.of("trace"), ids=lambda fault: fault.id)
+def test_a_planted_error_is_named(fault: catalogue.Fault) -> None:
+    error = fault.change
     divergence = found(error.stage, plant(error))
     assert {pattern.name for pattern in divergence.patterns} == error.names
     text = divergence.report()
