@@ -10,7 +10,7 @@ from torch import Tensor
 from megaproof.kernel import api
 from megaproof.kernel.host.buffer import FIELDS, BufferSize, names_of
 from megaproof.kernel.host.sizes import BLOCK_M, check_recipe
-from megaproof.proof.adapters import Prepared
+from megaproof.proof.adapters import Prepared, canonical
 from megaproof.quant.recipe import Recipe, RecipeError
 from megaproof.reference import layout
 from megaproof.reference.dispatch import routes
@@ -89,37 +89,30 @@ class MegaproofAdapter:
         self._buffer.check()
 
     def stages(self) -> dict[str, Tensor]:
-        """Read back from pools and slots; raises AssertionError where a routed row is missing or in another place.
+        """Read back from pools and slots; raises `canonical.Misplaced`, an AssertionError.
 
         Where blocks share a place in the ring, only the last one's activations are left: slots alone are shown then.
         """
-        case, where = self._prepared.case, routes(self._prepared.inputs.topk_idx)
-        local = case.shape.experts_per_rank(case.ranks)
-        ring_rows, whole = self._buffer.size.ring_rows, True
-        found: dict[str, list[Tensor]] = {name: [] for name in (*IN_RING, "place")}
+        case, where, size = self._prepared.case, routes(self._prepared.inputs.topk_idx), self._buffer.size
+        local, whole = case.shape.experts_per_rank(case.ranks), True
+        origins: list[Tensor] = []  # source rank, entry, expert of each row, a rank at a time
+        found: dict[str, list[Tensor]] = {name: [] for name in IN_RING}
         for rank in range(case.ranks):
             views = self._buffer.rank(rank)
-            received = layout.local(where.expert[layout.owner(where.expert, local) == rank], local)
-            rows, expert = layout.pool_rows(torch.bincount(received, minlength=local), BLOCK_M)
+            rows, expert = canonical.pool_rows(where, rank, local, BLOCK_M)
             source, slot_row = views.pool_source[rows].long().unbind(1)
-            capacity, topk = self._buffer.size.capacity, case.shape.topk
-            entry = slot_row % capacity * topk + slot_row // capacity
-            found["place"].append(torch.stack([source, entry, expert + rank * local], dim=1))
-            whole &= not len(rows) or int(rows[-1]) < ring_rows
+            entry = layout.entry_of(slot_row % size.capacity, slot_row // size.capacity, case.shape.topk)
+            origins.append(torch.stack([source, entry, expert]))
+            whole &= not len(rows) or int(rows[-1]) < size.ring_rows
             for name in IN_RING if whole else ():
                 stage = STAGES[name]
                 dtype, width = stage.format(case.recipe).dtype, stage.width(case.shape, case.recipe)
                 found[name].append(getattr(views, name).view(dtype)[rows, :width])
-        place = torch.cat(found.pop("place"))
-        order = torch.argsort((place[:, 0] << 40) + place[:, 1])
-        wanted = torch.stack([where.rank, where.token * case.shape.topk + where.slot, where.expert], dim=1)
-        if not torch.equal(place[order], wanted):
-            raise AssertionError("a routed row is missing, doubled, or with another expert")
-        stages = {name: torch.cat(parts)[order] for name, parts in found.items()} if whole else {}
-        ours = [where.rank == rank for rank in range(case.ranks)]  # rank after rank, as the routes are
-        slots = [self._buffer.rank(r).slots[where.slot[mine], where.token[mine]] for r, mine in enumerate(ours)]
-        stages["slots"] = torch.cat(slots)
-        return stages if len(where) else {"slots": stages["slots"]}
+        order = canonical.order(where, case.shape.topk, *torch.cat(origins, dim=1))
+        slots = canonical.slots(where, [self._buffer.rank(rank).slots for rank in range(case.ranks)])
+        if not (whole and len(where)):
+            return {"slots": slots}
+        return {name: torch.cat(parts)[order] for name, parts in found.items()} | {"slots": slots}
 
     def y(self) -> list[Tensor]:
         """By rank."""

@@ -37,7 +37,8 @@ class ReferenceAdapter:
 
     def launch(self) -> None:
         """Computes everything again: nothing of an earlier launch but the statistics is used."""
-        assert self.prepared is not None, "launch comes after prepare"
+        if self.prepared is None:
+            raise RuntimeError("launch comes after prepare")
         case = self.prepared.case
         if self.prepared.world == "gloo":
             self.result = run_processes(case)
@@ -59,7 +60,8 @@ class ReferenceAdapter:
 
     def stats(self) -> list[Tensor]:
         """By rank, over all launches since `prepare`."""
-        assert self.counts is not None, "statistics come after launch"
+        if self.counts is None:
+            raise RuntimeError("statistics come after launch")
         return self.counts
 
     def close(self) -> None:
@@ -67,7 +69,8 @@ class ReferenceAdapter:
         self.prepared = self.result = self.counts = None
 
     def _launched(self) -> LayerResult:
-        assert self.result is not None, "results come after launch"
+        if self.result is None:
+            raise RuntimeError("results come after launch")
         return self.result
 
 

@@ -25,7 +25,7 @@ ALLOWED = {
     "kernel/programs/grouped.py": "parameters of a program",
     "kernel/baseline/pipeline.py": "reads slots from its own buffer",
     "quant/twin_gpu.py": "y is an operand of an fma",
-    "proof/adapters/__init__.py": "names the methods y and stats of an adapter",
+    "proof/adapters/protocol.py": "names the methods y and stats of an adapter",
     "proof/adapters/megaproof.py": "reads slots from the kernel's buffer",
     "proof/divergence/find.py": "takes y and stats by rank",
     "proof/explain/derive.py": "derives these very values, a line each",
