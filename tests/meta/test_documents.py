@@ -18,11 +18,15 @@ INDEX_LINES = 40
 
 
 def named(page: Path) -> list[str]:
-    """Paths in the inline code of a page; the first column of the page on migration is what is there no more."""
+    """Paths in the inline code of a page, but for what a run leaves in reports/.
+
+    The first column of the page on migration is what is there no more.
+    """
     prose = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     if page.name == "migration.md":
         prose = re.sub(r"^\| .+? \|", "", prose, flags=re.MULTILINE)
-    return [code for code in re.findall(r"`([^`\n]+)`", prose) if PATH.fullmatch(code)]
+    paths = [code for code in re.findall(r"`([^`\n]+)`", prose) if PATH.fullmatch(code)]
+    return [path for path in paths if not path.startswith("reports/")]
 
 
 def exists(path: str) -> bool:
