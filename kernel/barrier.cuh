@@ -34,7 +34,8 @@ struct Nothing {
 };
 
 // Reads a counter with acquire at system scope until is_done(value), and calls meanwhile() between two reads. Returns
-// false if time is up here, which blame(value) then writes down, or if another role has given up.
+// false if time is up here, which blame(value) then writes down, or if another role has given up. The status lies in
+// global memory, so it is only read once in 64 rounds.
 template <typename IsDone, typename Blame, typename Meanwhile = Nothing>
 __device__ __forceinline__ bool spin(const layout::Rank& rank, const u32* counter_ptr, IsDone is_done, Blame blame,
                                      Meanwhile meanwhile = {}) {

@@ -6,6 +6,8 @@
 
 namespace combine {
 
+// A lane has 2 x 8 reads under way, as many as registers hold. When combine began to read so, and the math warps to
+// prefetch what their epilogues read, it went from 158 to 127 us at 8,192 tokens.
 constexpr u32 kLaneColumns = 8;    // columns that a lane reads at a time: 16 bytes
 constexpr u32 kReadsPerLane = 2;   // as many such reads side by side, 256 columns apart
 constexpr u32 kSlotsInFlight = 8;  // slots whose loads are under way together

@@ -23,8 +23,8 @@ __device__ __forceinline__ void for_each_active_slot(const layout::Rank& rank, V
 
 // ---- one rank with few slots: each thread block counts all of them itself -----------------------------------------
 
-// Whether each thread block counts for itself, so that no barrier is needed before rows travel: 3 us less up to 170
-// tokens.
+// Whether each thread block counts for itself, so that no barrier is needed before rows travel: about 3 us less up to
+// 170 tokens.
 constexpr u32 kFewSlots = FEW_SLOTS;  // entries for which each thread block has room in shared memory
 constexpr u16 kNoExpert = 0xFFFF;
 __device__ __forceinline__ bool counts_locally(const layout::Rank& rank) {
@@ -106,7 +106,7 @@ __device__ __forceinline__ void publish(const layout::Rank& rank) {
 // ---- destinations pull the rows -----------------------------------------------------------------------------------
 
 // Through this memory the rows of one dispatch warp travel. Asynchronous copies cost no registers and few instructions.
-// 8 KB hold a row of most models, so that it travels in one step; 4 KB took 1 to 2 % longer at some sizes.
+// 8 KB hold a row of most models, so that it travels in one step; With 4 KB the layer took up to 2 % longer.
 constexpr u32 kStagingBytes = STAGING_BYTES;
 struct StagingBuffer {
     alignas(128) u8 bytes[kStagingBytes];

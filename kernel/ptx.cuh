@@ -276,8 +276,8 @@ __device__ __forceinline__ void bulk_load(void* target, const void* source, u32 
 __device__ __forceinline__ void bulk_load_once(void* target, const void* source, u32 bytes, u64* mbarrier) {
     asm volatile(
         "{\n.reg .b64 policy;\ncreatepolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], policy;\n}" ::
-            "r"(shared_address(target)),
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+        "[%0], [%1], %2, [%3], policy;\n}" ::"r"(shared_address(target)),
         "l"(source), "r"(bytes), "r"(shared_address(mbarrier))
         : "memory");
 }

@@ -14,8 +14,8 @@ using gemm::kBlockM, gemm::kBlockN, gemm::kHalfN;
 constexpr u32 kBoxRows = BOX_ROWS;
 
 // Pool blocks of a wave. GEMM 2 of a wave comes after GEMM 1 of the next wave: by then its inputs are complete, and
-// still in the L2 cache. 24 were 0.5 % faster than 16 from 1,024 tokens up; 32 were 0.4 % faster still, but the ring of
-// activations holds two waves at least, which would be more than small layers fill.
+// still in the L2 cache. 24 were 0.5 % faster than 16 from 1,024 tokens up; 32 were 0.3 to 0.4 % faster still, but the
+// ring of activations holds two waves at least, which would be more than small layers fill.
 constexpr u32 kWaveBlocks = WAVE_BLOCKS;
 
 // Columns of a tile of GEMM 2: kHalfN where there are few pool blocks and that saves half a round of the thread blocks,
@@ -29,7 +29,7 @@ __device__ __forceinline__ u32 gemm2_tile_n(const Shape& shape, u32 num_pool_blo
 }
 
 // Whether the L2 cache evicts the lines of weights before all others: where the weights of all pool blocks are at most
-// 320 MiB. That gained 2 to 6 % with one or two tokens; of more bytes the cache itself chooses better what to keep. No
+// 320 MiB. That gained 2 to 4 % with one or two tokens. Of more bytes the cache itself chooses better what to keep. No
 // bit depends on it.
 constexpr u64 kEvictFirstBytes = 320 << 20;
 __device__ __forceinline__ bool evicts_weights_first(const Shape& shape, u32 num_pool_blocks) {

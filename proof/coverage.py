@@ -89,7 +89,7 @@ def measure(case: Case, made: Inputs, slots: Tensor | None = None, experts: int 
             q, q_sf = count_activation(coverage, case, (acts[rows], acts_sf[rows], w.l1), weight[rows])
             columns = torch.arange(STEP_COLUMNS) * (2 * case.shape.intermediate // STEP_COLUMNS)
             count_steps(coverage, acts[rows][:STEP_ROWS], w.l1.codes[columns])
-            out = gemm.l2(case.recipe, q, q_sf, w.l2, arith(q.device))
+            out = gemm.gemm2(case.recipe, q, q_sf, w.l2, arith(q.device))
             coverage.add("slot tie", f32_bits(out) & 0xFFFF == 0x8000)
             coverage.add("slot tie to even, up", f32_bits(out) & 0x1FFFF == 0x18000)
             coverage.add("slot subnormal", (out != 0) & (out.abs() < 2.0**-126))
@@ -139,7 +139,7 @@ def count_routing(coverage: Coverage, where: Routes, weight: Tensor) -> None:
 def count_activation(coverage: Coverage, case: Case, operands: tuple[Tensor, Tensor, Operand], weight: Tensor) -> tuple:
     """Gate, up, v, and its codes and scales, which are returned."""
     recipe, twin = case.recipe, arith(weight.device)
-    gate, up = gemm.l1(recipe, *operands, twin)
+    gate, up = gemm.gemm1(recipe, *operands, twin)
     c = recipe.clamp if recipe.clamp is not None else 10.0  # where there is none, as if it were the default's
     for name, value in (("gate", gate), ("up", up)):
         coverage.add(f"{name} above c", value > c)

@@ -234,7 +234,7 @@ def check_rooms(run: Run) -> int:
         block = chance.randrange(case.shape.intermediate // BLOCK)  # gate rows and up rows of one block
         gate_up = [block, block + case.shape.intermediate // BLOCK]
         acts, acts_sf = trace["l1_acts"][rows], trace["l1_acts_sf"][rows]
-        gate, up = gemm.l1(recipe, acts, acts_sf, w.l1.of_blocks(gate_up), atoms)
+        gate, up = gemm.gemm1(recipe, acts, acts_sf, w.l1.of_blocks(gate_up), atoms)
         q, q_sf = swiglu.requantise(recipe, swiglu.activate(recipe, gate, up, weight, atoms))
         columns = slice(block * BLOCK, (block + 1) * BLOCK)
         groups = slice(columns.start // recipe.activation_granularity, columns.stop // recipe.activation_granularity)
@@ -244,7 +244,7 @@ def check_rooms(run: Run) -> int:
         block = chance.randrange(case.shape.hidden // BLOCK)
         columns = slice(block * BLOCK, (block + 1) * BLOCK)
         acts, acts_sf = trace["l2_acts"][rows], trace["l2_acts_sf"][rows]
-        out = gemm.l2(recipe, acts, acts_sf, w.l2.of_blocks([block]), atoms)
+        out = gemm.gemm2(recipe, acts, acts_sf, w.l2.of_blocks([block]), atoms)
         slots = trace["slots"][rows][:, columns]
         compared += same("slots", scatter.to_slot(out, atoms), slots, triples, columns.start)
     return compared

@@ -35,14 +35,14 @@ def quantise_per_token(x: Tensor, group: int = BLOCK) -> tuple[Tensor, Tensor]:
 
 
 def quantise_per_block(w: Tensor, block: int = BLOCK) -> tuple[Tensor, Tensor]:
-    """float32 [N, K] -> (codes uint8 [N, K], scales float32 [N/block, K/block]), one scale for a square block."""
+    """float32 [N, K] -> (codes uint8 [N, K], scales float32 [N/block, K/block]), one scale a square scale block."""
     rows, columns = _groups(w.shape[0], block, "rows"), _groups(w.shape[1], block, "columns")
     scale = input_scale(w.abs().reshape(rows, block, columns, block).amax(dim=(1, 3)))
     return encode_e4m3(torch.div(w, expand_block_scale(scale, block))), scale
 
 
 def expand_block_scale(scale: Tensor, block: int = BLOCK) -> Tensor:
-    """[N/block, K/block] -> [N, K]: each scale over its block."""
+    """Returns [N, K] from scales [N/block, K/block]: each scale, repeated over its scale block."""
     return scale.repeat_interleave(block, dim=0).repeat_interleave(block, dim=1)
 
 

@@ -16,7 +16,7 @@ LANES = 32
 BLOCKS = 8
 """Philox blocks side by side."""
 NO_TERM = -64
-"""Exponent of a zero operand: it loses to every real sum, which is at least -12, and two of it fit in a byte."""
+"""Exponent of a zero operand. It loses to every real sum, which is at least -12, and the sum of two fits in a byte."""
 
 _I1, _I8, _I32, _I64, _F32 = ir.IntType(1), ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
 _BYTES, _INTS, _FLOATS = (ir.VectorType(t, LANES) for t in (_I8, _I32, _F32))
@@ -28,14 +28,14 @@ def _splat(scalar: ir.Type, value: float, lanes: int = LANES) -> ir.Constant:
 
 
 def _everywhere(builder, scalar, vector):  # noqa: ANN001, ANN202
-    """A vector whose lanes all are a scalar that is only known at run time."""
+    """Returns a vector whose lanes all hold a scalar that is only known at run time."""
     undefined, mask = ir.Constant(vector, ir.Undefined), ir.VectorType(_I32, vector.count)
     one = builder.insert_element(undefined, scalar, ir.Constant(_I32, 0))
     return builder.shuffle_vector(one, undefined, ir.Constant(mask, [ir.Constant(_I32, 0)] * vector.count))
 
 
 def _joined(builder, a, b):  # noqa: ANN001, ANN202
-    """The lanes of a, then those of b."""
+    """Returns a vector of the lanes of a, followed by those of b."""
     count = 2 * a.type.count
     mask = ir.Constant(ir.VectorType(_I32, count), [ir.Constant(_I32, n) for n in range(count)])
     return builder.shuffle_vector(a, b, mask)

@@ -1,7 +1,7 @@
-"""Which arithmetic the layer runs on: the compiled twin of a device, or the readable atoms where it cannot be had.
+"""Which arithmetic the layer runs on: the compiled twin of a device, or the readable atoms if there is no twin.
 
-All of them are modules with the names of `quant/atoms.py`, so the layer is one text for every one. `codes` is the
-generator, in the same three forms.
+Each is a module with the names of `quant/atoms.py`, so that the layer is one text for all of them. `codes` is the
+generator in the same three forms.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ def _choose(kind: str) -> tuple[ModuleType, str]:
 
 
 def arith(device: torch.device | str = "cpu") -> ModuleType:
-    """The atoms to compute with on a device: twin_cpu, twin_gpu, or quant.atoms. The bits do not depend on it."""
+    """Returns the atoms to compute with on a device: twin_cpu, twin_gpu or quant.atoms. The bits are the same."""
     return _choose(torch.device(device).type)[0]
 
 
 def describe(device: torch.device | str = "cpu") -> str:
-    """One line: which arithmetic `arith` chose for a device, and why where it is the slow one."""
+    """Returns one line: which arithmetic `arith` chose for a device, and the reason if it is the slow one."""
     return _choose(torch.device(device).type)[1]
 
 

@@ -104,10 +104,10 @@ def through_experts(
     def expert(e: int) -> tuple[Tensor, int, dict[str, Tensor], Tensor]:
         rows = where.of_expert(e)  # m of the n rows
         w = _checked(recipe, weights, e, hidden)
-        gate, up = gemm.l1(recipe, l1_acts[rows], l1_acts_sf[rows], w.l1, arith)  # Eq. (2), Eq. (3)  [m, I]
+        gate, up = gemm.gemm1(recipe, l1_acts[rows], l1_acts_sf[rows], w.l1, arith)  # Eq. (2), Eq. (3)  [m, I]
         v = swiglu.activate(recipe, gate, up, weight[rows], arith)  # Eq. (4)  [m, I]
         l2_acts, l2_acts_sf = swiglu.requantise(recipe, v)  # Eq. (5)  [m, I]
-        out = gemm.l2(recipe, l2_acts, l2_acts_sf, w.l2, arith)  # Eq. (6)  [m, H]
+        out = gemm.gemm2(recipe, l2_acts, l2_acts_sf, w.l2, arith)  # Eq. (6)  [m, H]
         made = {"l2_acts": l2_acts, "l2_acts_sf": l2_acts_sf}
         return rows, v.shape[1], made, scatter.to_slot(out, arith)  # Eq. (7)  [m, H]
 

@@ -48,10 +48,10 @@ class GroupedGemm(Protocol):
     name: str
     """Which back end, and on what."""
 
-    def l1(self, acts: Tensor, acts_sf: Tensor, offsets: Tensor) -> Tensor:
+    def gemm1(self, acts: Tensor, acts_sf: Tensor, offsets: Tensor) -> Tensor:
         """Eq. (3): uint8 [n, H], float32 [n, H/128] -> gate then up, float32 or (l1_rounding) bfloat16 [n, 2I]."""
 
-    def l2(self, acts: Tensor, acts_sf: Tensor, offsets: Tensor) -> Tensor:
+    def gemm2(self, acts: Tensor, acts_sf: Tensor, offsets: Tensor) -> Tensor:
         """Eq. (6), (7): uint8 [n, I], float32 [n, I/granularity] -> bfloat16 [n, H]."""
 
 
@@ -92,20 +92,20 @@ class Exact:
         self._arith = twin.arith(device)
         self.name = f"exact ({twin.describe(device)})"
 
-    def l1(self, acts: Tensor, acts_sf: Tensor, offsets: Tensor) -> Tensor:
+    def gemm1(self, acts: Tensor, acts_sf: Tensor, offsets: Tensor) -> Tensor:
         """See `GroupedGemm.l1`."""
         dtype = torch.bfloat16 if self._recipe.l1_rounding == "bf16" else torch.float32
         out = torch.zeros(acts.shape[0], 2 * self._sizes.intermediate, dtype=dtype, device=acts.device)
         for e, rows in _busy(offsets):
-            halves = gemm.l1(self._recipe, acts[rows], acts_sf[rows], self._expert(e).l1, self._arith)
+            halves = gemm.gemm1(self._recipe, acts[rows], acts_sf[rows], self._expert(e).l1, self._arith)
             out[rows] = torch.cat(halves, dim=1).to(dtype)
         return out
 
-    def l2(self, acts: Tensor, acts_sf: Tensor, offsets: Tensor) -> Tensor:
+    def gemm2(self, acts: Tensor, acts_sf: Tensor, offsets: Tensor) -> Tensor:
         """See `GroupedGemm.l2`."""
         out = torch.zeros(acts.shape[0], self._sizes.hidden, dtype=torch.bfloat16, device=acts.device)
         for e, rows in _busy(offsets):
-            total = gemm.l2(self._recipe, acts[rows], acts_sf[rows], self._expert(e).l2, self._arith)
+            total = gemm.gemm2(self._recipe, acts[rows], acts_sf[rows], self._expert(e).l2, self._arith)
             out[rows] = scatter.to_slot(total, self._arith)
         return out
 
@@ -131,11 +131,11 @@ class TensorCore:
         self._dtype = torch.bfloat16 if recipe.l1_rounding == "bf16" else torch.float32
         self._weights = Stacked.of(recipe, weights, sizes)
 
-    def l1(self, acts: Tensor, acts_sf: Tensor, offsets: Tensor) -> Tensor:
+    def gemm1(self, acts: Tensor, acts_sf: Tensor, offsets: Tensor) -> Tensor:
         """See `GroupedGemm.l1`."""
         return self._run(acts, acts_sf, self._weights.l1, offsets, self._dtype)
 
-    def l2(self, acts: Tensor, acts_sf: Tensor, offsets: Tensor) -> Tensor:
+    def gemm2(self, acts: Tensor, acts_sf: Tensor, offsets: Tensor) -> Tensor:
         """See `GroupedGemm.l2`."""
         return self._run(acts, acts_sf, self._weights.l2, offsets, torch.bfloat16)
 
@@ -161,11 +161,11 @@ class DeepGemm:
         self.name = f"deep_gemm {peers()['deep_gemm']}"
         self._weights = Stacked.of(recipe, weights, sizes)
 
-    def l1(self, acts: Tensor, acts_sf: Tensor, offsets: Tensor) -> Tensor:
+    def gemm1(self, acts: Tensor, acts_sf: Tensor, offsets: Tensor) -> Tensor:
         """See `GroupedGemm.l1`."""
         return self._run(acts, acts_sf, self._weights.l1, offsets)
 
-    def l2(self, acts: Tensor, acts_sf: Tensor, offsets: Tensor) -> Tensor:
+    def gemm2(self, acts: Tensor, acts_sf: Tensor, offsets: Tensor) -> Tensor:
         """See `GroupedGemm.l2`."""
         return self._run(acts, acts_sf, self._weights.l2, offsets)
 

@@ -166,10 +166,10 @@ class Baseline:
         pool = Pool.of(topk_idx, self.experts)
         token = pool.slot // topk
         l1_acts, l1_acts_sf = x[token], x_sf[token]  # Eq. (1)
-        gate_up = self.gemm.l1(l1_acts, l1_acts_sf, pool.offsets)  # Eq. (2), Eq. (3)
+        gate_up = self.gemm.gemm1(l1_acts, l1_acts_sf, pool.offsets)  # Eq. (2), Eq. (3)
         weight = topk_weights.flatten()[pool.slot]
         l2_acts, l2_acts_sf = swiglu.swiglu_quantise(self.recipe, gate_up, weight)  # Eq. (4), Eq. (5)
-        out = self.gemm.l2(l2_acts, l2_acts_sf, pool.offsets)  # Eq. (6), Eq. (7)
+        out = self.gemm.gemm2(l2_acts, l2_acts_sf, pool.offsets)  # Eq. (6), Eq. (7)
         slots = torch.empty_like(out).index_copy_(0, pool.slot, out).view(tokens, topk, out.shape[1])
         y = combine(slots, topk_idx)  # Eq. (8)
         return Buffers(pool, l1_acts, l1_acts_sf, l2_acts, l2_acts_sf, slots, y)

@@ -5,22 +5,22 @@ from __future__ import annotations
 from megaproof.quant.recipe import Recipe, RecipeError
 
 BLOCK_M, BLOCK_N, BLOCK_K, NUM_STAGES = 128, 256, 128, 4
-"""The tile of a block and its ring of stages, gemm.cuh. One tile serves every shape: there is nothing to choose."""
+"""The tile of a thread block and the stages of its pipeline, gemm.cuh. One tile serves every shape."""
 HALF_N = 128
 """Weight rows of a half tile, and of one chain of a math warpgroup."""
 THRESHOLDS = (64, 128)
 """Rows an expert beyond which its work is shared out otherwise: by rows and not by columns; in a second pool block."""
 ROLES = {"producer": 128, "math": 256}
-"""Threads of each role of a block: the producer's warpgroup gives registers away, the two of math take them."""
+"""Threads of each role of a thread block: the producer's warpgroup gives registers away, the two of math take them."""
 THREADS = sum(ROLES.values())
 NUM_DISPATCH_WARPS, STAGING_BYTES = 2, 8192
-"""Warps of a block that fetch rows, and bytes of a row that pass through the staging buffer of each at a time."""
+"""Dispatch warps of a thread block, and the bytes of a row that pass through the staging buffer of each at a time."""
 FEW_SLOTS = 1024
-"""Slots, empty ones included, up to which the blocks of a rank alone do not meet before rows travel."""
+"""Slots, empty ones included, up to which the thread blocks of an only rank need no barrier before rows travel."""
 BOX_ROWS = 32
-"""Activation rows of one TMA box: a part-filled block loads only the boxes that hold rows."""
+"""Activation rows of one TMA box: of a part-filled pool block only the boxes that hold rows are loaded."""
 NUM_TASKS = 8
-"""Tasks, of six numbers each, that the producer of a block may be ahead."""
+"""Most tasks under way in a thread block, of six numbers each."""
 WAVE_BLOCKS = 24
 """Pool blocks of a wave: the tiles of GEMM 2 of a wave come after those of GEMM 1 of the next."""
 RING_BLOCKS = 4 * WAVE_BLOCKS
@@ -75,14 +75,14 @@ def check_recipe(recipe: Recipe, granularities: tuple[int, ...] = GRANULARITIES)
     return recipe
 
 
-def ring_bytes() -> int:
-    """sizeof(gemm::Ring): stages and their barriers."""
+def pipeline_bytes() -> int:
+    """sizeof(gemm::Pipeline): stages and their barriers."""
     stage = aligned((BLOCK_M + BLOCK_N) * BLOCK_K + BLOCK_K // GROUP * BLOCK_M * 4)
     return aligned(NUM_STAGES * stage + 2 * 8 * NUM_STAGES)
 
 
 def shared_bytes() -> int:
-    """sizeof(SharedStorage) of storage.cuh: the ring, the plan, rows in transit."""
+    """sizeof(SharedStorage) of storage.cuh: the pipeline, the plan, the tasks, the staging buffers."""
     plan = 4 * (3 * MAX_EXPERTS + 2) + 2 * FEW_SLOTS
-    tasks = aligned(ring_bytes() + plan + NUM_TASKS * 6 * 4, 8) + (3 + NUM_TASKS) * 8
+    tasks = aligned(pipeline_bytes() + plan + NUM_TASKS * 6 * 4, 8) + (3 + NUM_TASKS) * 8
     return aligned(aligned(tasks, 128) + NUM_DISPATCH_WARPS * aligned(STAGING_BYTES + 8, 128))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megaproof import HOME
-from megaproof.kernel.host.sizes import BLOCK_M, BLOCK_N, GEMM_DEFINES, ROLES, THREADS, ring_bytes
+from megaproof.kernel.host.sizes import BLOCK_M, BLOCK_N, GEMM_DEFINES, ROLES, THREADS, pipeline_bytes
 from megaproof.toolchain.launch import TensorMap, require_device, tensor_map
 from megaproof.toolchain.program import Program
 
@@ -19,8 +19,8 @@ PROGRAM = Program(
     name="dense",
     sources=(HOME / "kernel" / "programs" / "dense.cu",),
     entries=("dense_128", "dense_64"),
-    defines={**GEMM_DEFINES, "SHARED_BYTES": ring_bytes()},
-    shared=ring_bytes(),
+    defines={**GEMM_DEFINES, "SHARED_BYTES": pipeline_bytes()},
+    shared=pipeline_bytes(),
     static=0,
     gemm=("dense_",),
     roles=ROLES,
@@ -60,5 +60,5 @@ def dense(a: Tensor, a_sf: Tensor, b: Tensor, b_sf: Tensor, group: int, out: Ten
     params = DenseParams(*maps, a_sf.data_ptr(), b_sf.data_ptr(), d.data_ptr(), m, n, k)
     tiles = m // BLOCK_M * -(-n // BLOCK_N)
     grid = min(tiles, require_device().sms)
-    PROGRAM.library().kernel(f"dense_{group}")(params, grid, THREADS, ring_bytes())
+    PROGRAM.library().kernel(f"dense_{group}")(params, grid, THREADS, pipeline_bytes())
     return d

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megaproof import HOME
-from megaproof.kernel.host.sizes import BLOCK_N, GEMM_DEFINES, GROUP, ROLES, THREADS, ring_bytes
+from megaproof.kernel.host.sizes import BLOCK_N, GEMM_DEFINES, GROUP, ROLES, THREADS, pipeline_bytes
 from megaproof.kernel.host.sizes import check_recipe as check_any
 from megaproof.kernel.programs.dense import BLOCK
 from megaproof.quant.recipe import Recipe
@@ -24,8 +24,8 @@ PROGRAM = Program(
     name="grouped",
     sources=(HOME / "kernel" / "programs" / "grouped.cu",),
     entries=("grouped_l1_fast", "grouped_l1_precise", "grouped_l2"),
-    defines={**GEMM_DEFINES, "SHARED_BYTES": ring_bytes()},
-    shared=ring_bytes(),
+    defines={**GEMM_DEFINES, "SHARED_BYTES": pipeline_bytes()},
+    shared=pipeline_bytes(),
     static=0,
     gemm=("grouped_",),
     roles=ROLES,
@@ -79,7 +79,9 @@ def check_recipe(recipe: Recipe) -> Recipe:
     return check_any(recipe, (GROUP,))
 
 
-def l1(recipe: Recipe, pool: Pool, acts: Tensor, acts_sf: Tensor, weight: Tensor, w1: Tensor, w1_sf: Tensor) -> tuple:
+def gemm1(
+    recipe: Recipe, pool: Pool, acts: Tensor, acts_sf: Tensor, weight: Tensor, w1: Tensor, w1_sf: Tensor
+) -> tuple:
     """Eq. (2) to (5): (l2_acts uint8 [rows, I], l2_acts_sf float32 [I/64, rows]) of every pool row.
 
     acts uint8 [rows, H], acts_sf float32 [H/128, rows], weight float32 [rows]; w1 uint8 [E, 2I, H] in the order of
@@ -109,7 +111,7 @@ def l1(recipe: Recipe, pool: Pool, acts: Tensor, acts_sf: Tensor, weight: Tensor
     return l2_acts, l2_acts_sf
 
 
-def l2(pool: Pool, acts: Tensor, acts_sf: Tensor, w2: Tensor, w2_sf: Tensor) -> Tensor:
+def gemm2(pool: Pool, acts: Tensor, acts_sf: Tensor, w2: Tensor, w2_sf: Tensor) -> Tensor:
     """Eq. (6), (7): bfloat16 [rows, H] of every pool row.
 
     acts uint8 [rows, I], acts_sf float32 [I/64, rows]; w2 uint8 [E, H, I], w2_sf float32 [E, H/128, I/128].
@@ -125,4 +127,4 @@ def l2(pool: Pool, acts: Tensor, acts_sf: Tensor, w2: Tensor, w2_sf: Tensor) -> 
 def _launch(name: str, params: GroupedParams) -> None:
     tiles = params.rows // BLOCK * -(-params.n // BLOCK_N)
     if tiles:
-        PROGRAM.library().kernel(name)(params, min(tiles, require_device().sms), THREADS, ring_bytes())
+        PROGRAM.library().kernel(name)(params, min(tiles, require_device().sms), THREADS, pipeline_bytes())

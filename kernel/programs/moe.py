@@ -25,7 +25,7 @@ def _shipped(granularity: int) -> Program:
             "GRANULARITY": granularity,
         },
         shared=shared_bytes(),
-        # The meetings of barrier.cuh have a few static words, of which the alignment of the dynamic part makes 1,024.
+        # barrier.cuh has a few static words; the alignment of the dynamic part makes 1,024 bytes of them.
         static=1024,
         gemm=("moe_",),
         roles=ROLES,

@@ -185,10 +185,10 @@ def _through_expert(recipe: Recipe, slot: _Slot, question: Question) -> tuple[li
     c, size = question.column, recipe.activation_granularity
     w1, w2 = slot.weights
     device, fast = w1.codes.device, twin.arith(w1.codes.device)
-    gate, up = gemm.l1(recipe, slot.acts[None].to(device), slot.acts_sf[None].to(device), w1, fast)
+    gate, up = gemm.gemm1(recipe, slot.acts[None].to(device), slot.acts_sf[None].to(device), w1, fast)
     v = swiglu.activate(recipe, gate, up, slot.weight[None].to(device), fast)
     q, q_sf = swiglu.requantise(recipe, v)
-    out = gemm.l2(recipe, q, q_sf, w2.of_blocks([c // BLOCK]), fast)[0, c % BLOCK].cpu()
+    out = gemm.gemm2(recipe, q, q_sf, w2.of_blocks([c // BLOCK]), fast)[0, c % BLOCK].cpu()
     row, row_sf = w2.codes[c].cpu(), w2.scales[c // BLOCK].cpu()
     gate, up, v, q, q_sf = (t.cpu() for t in (gate, up, v, q, q_sf))
 

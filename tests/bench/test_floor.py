@@ -29,7 +29,10 @@ def test_tasks_are_those_of_the_scheduler(preset: str, routing: str, tokens: int
     plan = scheduler.make_plan([counts], shape.hidden, 78)
     all_tasks = scheduler.all_tasks(plan, shape.hidden, shape.intermediate)
     found = floor.tasks(counts, shape.hidden, shape.intermediate, 78)
-    assert (found.l1, found.l2) == (sum(not task.l2 for task in all_tasks), sum(task.l2 for task in all_tasks))
+    assert (found.l1, found.l2) == (
+        sum(not task.is_gemm2 for task in all_tasks),
+        sum(task.is_gemm2 for task in all_tasks),
+    )
     assert found.l2_width == plan.gemm2_tile_n
 
 

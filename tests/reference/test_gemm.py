@@ -84,7 +84,7 @@ def test_the_scale_is_rounded_before_it_is_used_and_the_fma_is_fused() -> None:
 
 def test_l1_splits_gate_rows_from_up_rows() -> None:
     a, a_sf, w, w_sf = problem(2, 256, 128, 128, 22)
-    gate, up = gemm.l1(Recipe(), a, a_sf, Operand(w, w_sf), atoms)
+    gate, up = gemm.gemm1(Recipe(), a, a_sf, Operand(w, w_sf), atoms)
     whole = gemm.promoted(a, a_sf, Operand(w, w_sf), 128, atoms)
     assert_same(torch.cat([gate, up], 1), whole)
     assert gate.is_contiguous()
@@ -93,8 +93,8 @@ def test_l1_splits_gate_rows_from_up_rows() -> None:
 
 def test_l1_rounding_bf16() -> None:
     a, a_sf, w, w_sf = problem(2, 256, 256, 128, 23)
-    plain = torch.cat(gemm.l1(Recipe(), a, a_sf, Operand(w, w_sf), atoms), 1)
-    rounded = torch.cat(gemm.l1(RECIPES["unfused"], a, a_sf, Operand(w, w_sf), atoms), 1)
+    plain = torch.cat(gemm.gemm1(Recipe(), a, a_sf, Operand(w, w_sf), atoms), 1)
+    rounded = torch.cat(gemm.gemm1(RECIPES["unfused"], a, a_sf, Operand(w, w_sf), atoms), 1)
     assert_same(rounded, BF16.round(plain))
     assert not torch.equal(rounded, plain)
 
@@ -104,11 +104,12 @@ def test_l2_follows_the_granularity(name: str) -> None:
     group = RECIPES[name].activation_granularity
     a, a_sf, w, w_sf = problem(2, 128, 256, group, 24)
     assert_same(
-        gemm.l2(RECIPES[name], a, a_sf, Operand(w, w_sf), atoms), gemm.promoted(a, a_sf, Operand(w, w_sf), group, atoms)
+        gemm.gemm2(RECIPES[name], a, a_sf, Operand(w, w_sf), atoms),
+        gemm.promoted(a, a_sf, Operand(w, w_sf), group, atoms),
     )
 
 
 def test_no_rows() -> None:
     a, a_sf, w, w_sf = problem(1, 256, 128, 128, 25)
-    gate, up = gemm.l1(Recipe(), a[:0], a_sf[:0], Operand(w, w_sf), atoms)
+    gate, up = gemm.gemm1(Recipe(), a[:0], a_sf[:0], Operand(w, w_sf), atoms)
     assert gate.shape == up.shape == (0, 128)

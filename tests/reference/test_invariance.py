@@ -233,10 +233,10 @@ def test_a_power_of_two_on_the_scales_of_x_scales_gate_and_up(family: str, seed:
     case = Case(SHAPE, (TOKENS,), family=family, seed=seed)
     made, arith = base(case)[0], twin.arith("cpu")
     x, x_sf, w1 = made.x[0], made.x_sf[0], made.weights(e).l1
-    plain = gemm.l1(case.recipe, x, x_sf, w1, arith)
-    by_x = gemm.l1(case.recipe, x, x_sf * 2.0**power, w1, arith)
-    by_w = gemm.l1(case.recipe, x, x_sf, w1._replace(scales=w1.scales * 2.0**power), arith)
-    negative = gemm.l1(case.recipe, x ^ 0x80, x_sf, w1, arith)
+    plain = gemm.gemm1(case.recipe, x, x_sf, w1, arith)
+    by_x = gemm.gemm1(case.recipe, x, x_sf * 2.0**power, w1, arith)
+    by_w = gemm.gemm1(case.recipe, x, x_sf, w1._replace(scales=w1.scales * 2.0**power), arith)
+    negative = gemm.gemm1(case.recipe, x ^ 0x80, x_sf, w1, arith)
     for before, *after, minus in zip(plain, by_x, by_w, negative, strict=True):
         assert int((before != 0).sum()) > before.numel() // 2
         for value in after:

@@ -38,14 +38,14 @@ class Machine:
     ) -> None:
         plan = scheduler.make_plan(counts, hidden, blocks)
         self.tasks = scheduler.all_tasks(plan, hidden, intermediate)
-        self.all_turns = {
+        self.all_half_tiles = {
             False: scheduler.num_gemm1_half_tiles(intermediate),
             True: scheduler.num_gemm2_half_tiles(hidden),
         }
-        """Of a pool block in GEMM 1, in GEMM 2."""
+        """Half tiles of a pool block, by GEMM."""
         self.blocks, self.ring, self.ahead, self.pullers = blocks, ring, ahead, pullers
         self.forget: bool | None = None
-        """The GEMM whose reading of the ring nobody waits for; None: none."""
+        """The GEMM whose reading of the ring no role waits for; None: all wait."""
         self.roles = pullers + 2 * blocks
         self.taken = 0
         """Tiles given out by the counter."""
@@ -55,7 +55,7 @@ class Machine:
         self.done: set[Task] = set()
         self.pulled = [0] * pullers
         self.rows: Counter[int] = Counter()
-        self.turns = {l2: Counter[int]() for l2 in (False, True)}
+        self.half_tiles = {l2: Counter[int]() for l2 in (False, True)}
         self.standing: dict[bool, dict[int, int]] = {l2: {} for l2 in (False, True)}
         """By GEMM: place in the ring -> the pool block whose inputs stand there."""
         sizes = [
@@ -73,7 +73,9 @@ class Machine:
 
     def free(self, l2: bool, block: int) -> bool:
         """Whether this GEMM is done with the pool block that stood in a block's place before."""
-        return block < self.ring or self.forget is l2 or self.turns[l2][block - self.ring] == self.all_turns[l2]
+        return (
+            block < self.ring or self.forget is l2 or self.half_tiles[l2][block - self.ring] == self.all_half_tiles[l2]
+        )
 
     def pull(self, warp: int) -> bool:
         block = self.pulled[warp]
@@ -99,10 +101,10 @@ class Machine:
             return True
         if len(self.loaded[block]) == self.ahead:
             return False
-        if task.l2:
-            ready = self.turns[False][task.block] == self.all_turns[False]
+        if task.is_gemm2:
+            ready = self.half_tiles[False][task.pool_block_idx] == self.all_half_tiles[False]
         else:
-            ready = self.rows[task.block] == task.rows and self.free(True, task.block)
+            ready = self.rows[task.pool_block_idx] == task.num_rows and self.free(True, task.pool_block_idx)
         if ready:
             self.loaded[block].append(task)
             self.begun[block] = None
@@ -112,11 +114,11 @@ class Machine:
         if not self.loaded[block]:
             return False
         task = self.loaded[block].pop(0)
-        if self.standing[task.l2][task.block % self.ring] != task.block:
+        if self.standing[task.is_gemm2][task.pool_block_idx % self.ring] != task.pool_block_idx:
             raise Race(task)
-        if not task.l2:
-            self.standing[True][task.block % self.ring] = task.block
-        self.turns[task.l2][task.block] += task.columns // HALF_N
+        if not task.is_gemm2:
+            self.standing[True][task.pool_block_idx % self.ring] = task.pool_block_idx
+        self.half_tiles[task.is_gemm2][task.pool_block_idx] += task.num_columns // HALF_N
         assert task not in self.done
         self.done.add(task)
         return True
@@ -158,7 +160,7 @@ def test_a_deadlock_is_seen(blocks: int) -> None:
 
 
 @pytest.mark.parametrize(("blocks", "ring"), [(1, LEAST - 1), (1, WAVE_BLOCKS), (2, WAVE_BLOCKS), (9, WAVE_BLOCKS)])
-def test_a_ring_of_less_than_two_groups_would_be_a_deadlock(blocks: int, ring: int) -> None:
+def test_a_ring_of_less_than_two_waves_would_be_a_deadlock(blocks: int, ring: int) -> None:
     full = [[128 * 3 * WAVE_BLOCKS]]
     assert Machine(full, 256, 256, blocks, LEAST).stuck([]) == []
     assert Machine(full, 256, 256, blocks, ring).stuck([]) != []
@@ -174,7 +176,7 @@ def test_a_wait_for_the_ring_that_is_left_out_is_seen(l2: bool, forget: bool) ->
     while slow is None:
         for role in range(rank.roles):
             rank.step(role)
-        slow = next((block for block, task in enumerate(rank.begun) if task and task.l2 == l2), None)
+        slow = next((block for block, task in enumerate(rank.begun) if task and task.is_gemm2 == l2), None)
     others = [role for role in range(rank.roles) if (role - rank.pullers) // 2 != slow]
     while sum([rank.step(role) for role in others]):
         pass

@@ -26,7 +26,7 @@ from megaproof.toolchain import build
 
 
 def test_a_plan_by_hand() -> None:
-    plan = scheduler.make_plan([[0, 130, 0, 1], [0, 126, 0, 2]], hidden=128, blocks=4)
+    plan = scheduler.make_plan([[0, 130, 0, 1], [0, 126, 0, 2]], hidden=128, num_ctas=4)
     assert plan == Plan((0, 0, 2, 2, 3), (0, 256, 0, 3), ((0, 0), (0, 130), (0, 0), (0, 1)), gemm2_tile_n=128)
     assert [scheduler.expert_of(plan, block) for block in range(3)] == [1, 1, 3]
     assert [scheduler.num_rows_in_block(plan, e, block) for block, e in enumerate([1, 1, 3])] == [128, 128, 3]
@@ -42,7 +42,7 @@ def test_a_plan_by_hand() -> None:
 
 @given(COUNTS)
 def test_pool_blocks_hold_the_rows_of_the_layout(counts: list[list[int]]) -> None:
-    plan, sent = scheduler.make_plan(counts, hidden=128, blocks=1), torch.tensor(counts)
+    plan, sent = scheduler.make_plan(counts, hidden=128, num_ctas=1), torch.tensor(counts)
     inside: Counter[int] = Counter()
     found = []
     for block in range(plan.first_block[-1]):
@@ -52,7 +52,7 @@ def test_pool_blocks_hold_the_rows_of_the_layout(counts: list[list[int]]) -> Non
         assert 0 < rows <= BLOCK_M
         inside[e] += rows
         found += [(block * BLOCK_M + i, e) for i in range(rows)]
-    assert [inside[e] for e in range(len(plan.rows))] == list(plan.rows) == sent.sum(0).tolist()
+    assert [inside[e] for e in range(len(plan.num_rows))] == list(plan.num_rows) == sent.sum(0).tolist()
     row, expert = layout.pool_rows(sent.sum(0))
     assert found == list(zip(row.tolist(), expert.tolist(), strict=True))
     begin = torch.tensor(plan.first_block[:-1])[:, None] * BLOCK_M + torch.tensor(plan.first_row)
@@ -89,7 +89,7 @@ def test_the_width_of_gemm_2(pool_blocks: int, hidden: int, blocks: int, width: 
         (1 << 20, 1 << 20, 1 << 20, False),  # beyond 2^32, and 2^64 / 16
     ],
 )
-def test_whose_weights_are_read_once(
+def test_whose_weights_leave_the_cache_first(
     compiled: ctypes.CDLL, pool_blocks: int, hidden: int, inter: int, once: bool
 ) -> None:
     assert scheduler.evicts_weights_first(hidden, inter, pool_blocks) == once
@@ -102,30 +102,34 @@ def test_every_tile_is_a_task_once(counts: list[list[int]], hidden: int, interme
     plan = scheduler.make_plan(counts, hidden, blocks)
     done: Counter[tuple[bool, int, int]] = Counter()
     for task in scheduler.all_tasks(plan, hidden, intermediate):
-        assert task.expert == scheduler.expert_of(plan, task.block)
-        assert task.rows == scheduler.num_rows_in_block(plan, task.expert, task.block)
-        assert task.columns in (HALF_N, BLOCK_N)
-        turns = range(task.first_column // HALF_N, (task.first_column + task.columns) // HALF_N)
-        done.update((task.l2, task.block, turn) for turn in turns)
-    turns = {False: scheduler.num_gemm1_half_tiles(intermediate), True: scheduler.num_gemm2_half_tiles(hidden)}
+        assert task.expert_idx == scheduler.expert_of(plan, task.pool_block_idx)
+        assert task.num_rows == scheduler.num_rows_in_block(plan, task.expert_idx, task.pool_block_idx)
+        assert task.num_columns in (HALF_N, BLOCK_N)
+        halves = range(task.first_column // HALF_N, (task.first_column + task.num_columns) // HALF_N)
+        done.update((task.is_gemm2, task.pool_block_idx, half) for half in halves)
+    halves = {False: scheduler.num_gemm1_half_tiles(intermediate), True: scheduler.num_gemm2_half_tiles(hidden)}
     pool_blocks = range(plan.first_block[-1])
-    assert done == Counter((l2, block, turn) for l2 in turns for block in pool_blocks for turn in range(turns[l2]))
+    assert done == Counter((l2, block, half) for l2 in halves for block in pool_blocks for half in range(halves[l2]))
 
 
 @given(COUNTS | MANY, COLUMNS, COLUMNS)
-def test_gemm_2_of_a_group_follows_gemm_1_of_the_next(counts: list[list[int]], hidden: int, intermediate: int) -> None:
+def test_gemm_2_of_a_wave_follows_gemm_1_of_the_next(counts: list[list[int]], hidden: int, intermediate: int) -> None:
     order = scheduler.all_tasks(scheduler.make_plan(counts, hidden, 4), hidden, intermediate)
-    phases = [phase for phase, _ in groupby((task.l2, task.block // WAVE_BLOCKS) for task in order)]
-    groups = len(phases) // 2
-    wanted = sorted(((l2, j) for l2 in (False, True) for j in range(groups)), key=lambda p: (p[1] + 1.5 * p[0], p[0]))
+    phases = [phase for phase, _ in groupby((task.is_gemm2, task.pool_block_idx // WAVE_BLOCKS) for task in order)]
+    waves = len(phases) // 2
+    wanted = sorted(((l2, j) for l2 in (False, True) for j in range(waves)), key=lambda p: (p[1] + 1.5 * p[0], p[0]))
     assert phases == wanted
 
 
 @given(COUNTS | MANY, COLUMNS, COLUMNS)
-def test_an_experts_weights_are_read_once_a_group(counts: list[list[int]], hidden: int, intermediate: int) -> None:
-    """Tiles of one group that take the same weights stand together."""
+def test_an_experts_weights_are_read_once_a_wave(counts: list[list[int]], hidden: int, intermediate: int) -> None:
+    """Tiles of one wave that take the same weights follow each other."""
+
+    def weights(task: Task) -> tuple[bool, int, int, int]:
+        return task.is_gemm2, task.pool_block_idx // WAVE_BLOCKS, task.expert_idx, task.first_column
+
     order = scheduler.all_tasks(scheduler.make_plan(counts, hidden, 4), hidden, intermediate)
-    read = [key for key, _ in groupby((t.l2, t.block // WAVE_BLOCKS, t.expert, t.first_column) for t in order)]
+    read = [key for key, _ in groupby(map(weights, order))]
     assert len(read) == len(set(read))
 
 
@@ -136,8 +140,8 @@ def test_what_a_task_waits_for_stands_before_it(
     order = scheduler.all_tasks(scheduler.make_plan(counts, hidden, 4), hidden, intermediate)
     first, last = ({l2: {} for l2 in (False, True)} for _ in range(2))
     for place, task in enumerate(order):
-        first[task.l2].setdefault(task.block, place)
-        last[task.l2][task.block] = place
+        first[task.is_gemm2].setdefault(task.pool_block_idx, place)
+        last[task.is_gemm2][task.pool_block_idx] = place
     for block in first[False]:
         assert last[False][block] < first[True][block], "GEMM 2 reads what GEMM 1 has written"
         if block >= ring:
@@ -214,8 +218,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 def by_the_kernel(compiled: ctypes.CDLL, plan: Plan, hidden: int, intermediate: int, blocks: int) -> tuple[Task, ...]:
     """What `all_tasks` says, by the kernel's own text."""
-    shape = KernelShape(num_local_experts=len(plan.rows), hidden=hidden, intermediate=intermediate)
-    rows = (ctypes.c_uint32 * len(plan.rows))(*plan.rows)
+    shape = KernelShape(num_local_experts=len(plan.num_rows), hidden=hidden, intermediate=intermediate)
+    rows = (ctypes.c_uint32 * len(plan.num_rows))(*plan.num_rows)
     out = (ctypes.c_uint32 * (6 * plan.first_block[-1] * 2 * (hidden + intermediate) // 128))()
     count = compiled.tasks(ctypes.byref(shape), rows, blocks, out)
     assert count >= 0, "a task after the last"
@@ -233,7 +237,7 @@ def test_the_kernels_order_is_the_references(
 
 
 def test_the_kernels_order_of_many_experts(compiled: ctypes.CDLL) -> None:
-    """Thousands of plans, of up to the most experts: groups begin and end anywhere inside them."""
+    """Thousands of plans, of up to the most experts: waves begin and end anywhere inside them."""
     draw = random.Random(1)
     for _ in range(2000):
         largest = draw.choice([1, 128, 300, 5000])
@@ -251,6 +255,6 @@ def test_the_math_warpgroups_share_out_a_tile(compiled: ctypes.CDLL, columns: in
         for warpgroup in range(2):
             out = (ctypes.c_uint32 * 3)()
             compiled.share(warpgroup, rows, columns, out)
-            first_row, first_column, turns = out
-            done.update((first_row, first_column + turn * sizes.HALF_N) for turn in range(turns))
+            first_row, first_column, halves = out
+            done.update((first_row, first_column + half * sizes.HALF_N) for half in range(halves))
         assert done == Counter((r, c) for r in range(0, rows, 64) for c in range(0, columns, sizes.HALF_N))

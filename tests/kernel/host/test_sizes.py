@@ -14,7 +14,7 @@ from megaproof.toolchain.gate import SHARED_LIMIT
 
 
 def test_shared_memory_fits_a_block() -> None:
-    assert (sizes.ring_bytes(), sizes.shared_bytes()) == (201_728, 227_328)
+    assert (sizes.pipeline_bytes(), sizes.shared_bytes()) == (201_728, 227_328)
     assert sizes.shared_bytes() + 1024 <= SHARED_LIMIT
 
 

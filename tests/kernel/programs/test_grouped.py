@@ -63,10 +63,10 @@ def compare(case: Case) -> int:
 
     weight = torch.cat(made.topk_weights)[where.row, where.slot]
     acts, acts_sf = in_pool(trace["l1_acts"]), in_pool(trace["l1_acts_sf"]).t().contiguous()
-    q, q_sf = grouped.l1(case.recipe, pool, acts, acts_sf, in_pool(weight), w1[:, w1_rows(w1.shape[1])], w1_sf)
+    q, q_sf = grouped.gemm1(case.recipe, pool, acts, acts_sf, in_pool(weight), w1[:, w1_rows(w1.shape[1])], w1_sf)
     compared = same("l2_acts", trace["l2_acts"], q[pool.rows], trace["rows"])
     compared += 4 * same("l2_acts_sf", trace["l2_acts_sf"], q_sf.t()[pool.rows].contiguous(), trace["rows"])
-    out = grouped.l2(pool, q, q_sf, w2, w2_sf)
+    out = grouped.gemm2(pool, q, q_sf, w2, w2_sf)
     return compared + 2 * same("slots", trace["slots"], out[pool.rows], trace["rows"])
 
 
