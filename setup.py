@@ -11,7 +11,7 @@ if __name__ == "megaproof.setup":
 from setuptools import find_packages, setup
 
 ROWS = ("toolchain", "quant", "reference", "kernel", "cases", "golden", "proof", "bench")
-DATA = ("cu", "cuh", "hpp", "json", "md", "safetensors", "svg")
+DATA = ("cpp", "cu", "cuh", "hpp", "json", "md", "safetensors", "svg")
 """Kinds of file that are read at run time, wherever below a row they lie."""
 
 packages = find_packages(include=[name for row in ROWS for name in (row, f"{row}.*")])

@@ -10,6 +10,7 @@ import pytest
 
 from megaproof.tests.support import wheel
 from megaproof.tests.support.house import ROOT, ROWS
+from megaproof.tests.support.patience import PATIENCE_S
 
 THEIRS = [name for name in ROWS if name != "megaproof"] + ["conftest", "setup"]
 SAYS = 'raise RuntimeError(f"{__name__} of the user was run")\n'
@@ -43,7 +44,7 @@ def run(theirs: Path, *arguments: str, cwd: Path | None = None) -> subprocess.Co
     """This interpreter where their folder comes before the checkout."""
     variables = wheel.environment(theirs, theirs, ROOT)
     command = [sys.executable, *arguments]
-    return subprocess.run(command, cwd=cwd or theirs, env=variables, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=cwd or theirs, env=variables, capture_output=True, text=True, timeout=PATIENCE_S)
 
 
 def test_their_modules_are_run_by_a_bare_import(theirs: Path) -> None:

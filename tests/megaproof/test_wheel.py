@@ -17,6 +17,7 @@ from packaging.requirements import Requirement
 from megaproof import __version__
 from megaproof.tests.support import wheel
 from megaproof.tests.support.house import PRODUCT, ROOT, files
+from megaproof.tests.support.patience import PATIENCE_S
 
 CASE = "dsv4_flash-r8-t1x1x1x1x1x1x1x0"
 """A full-size case of the gate that computes little: seven tokens for a few experts."""
@@ -53,7 +54,7 @@ def run(home: Path, paths: list[Path], *arguments: str, cwd: Path | None = None)
     """This interpreter with only these import paths, in an empty home unless another folder is given."""
     command = [sys.executable, *arguments]
     variables = wheel.environment(home, *paths)
-    return subprocess.run(command, cwd=cwd or home, env=variables, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=cwd or home, env=variables, capture_output=True, text=True, timeout=PATIENCE_S)
 
 
 def test_the_wheel_holds_the_product_and_nothing_else(built: Path) -> None:

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megaproof.quant import recipe as recipes
+from megaproof.quant import shapes
 from megaproof.quant.recipe import CHOICES, RECIPES, Recipe, RecipeError
 from megaproof.quant.shapes import SHAPES, Shape
 
@@ -170,9 +171,9 @@ def test_unknown_names_are_refused() -> None:
     with pytest.raises(RecipeError, match="recipe 'deafult' is unknown; known: default, precise"):
         recipes.recipe("deafult")
     with pytest.raises(RecipeError, match="shape 'dsv5' is unknown; known: smoke, dsv4_flash"):
-        recipes.shape("dsv5")
+        shapes.shape("dsv5")
     assert recipes.recipe("precise") is RECIPES["precise"]
-    assert recipes.shape("glm") is SHAPES["glm"]
+    assert shapes.shape("glm") is SHAPES["glm"]
 
 
 # --- shapes -----------------------------------------------------------------------------------------------------------
