@@ -10,6 +10,7 @@ so it needs ninja and a C++ compiler. Nothing of it is copied here: the file hol
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import tempfile
@@ -24,6 +25,9 @@ from safetensors.numpy import load_file, save
 from torch import Tensor
 
 from megaproof.tests.third.bits import Source, to_bits, to_float
+
+with contextlib.suppress(ImportError):
+    import setuptools  # noqa: F401  it replaces distutils, so it comes before whatever imports that
 
 DATA = Path(__file__).parent / "data" / "mmasim_wgmma_e4m3.safetensors"
 INSTRUCTION = "m64n8k32.f32.e4m3.e4m3"
