@@ -56,8 +56,15 @@ class _Refusal:
             return None
         if not self.everything and (fullname not in moved.IMPORTS or fullname == "tests.cases"):
             return None
+        self._leave()
         _end(moved.of_import(fullname) or f"{fullname} is megaproof.{fullname} now", fullname)
         return None
+
+    def _leave(self) -> None:
+        """Takes the bare package away again, which Python loaded on the way: a refused import leaves nothing behind."""
+        if self.everything:
+            sys.modules.pop(self.name, None)
+            sys.meta_path[:] = [finder for finder in sys.meta_path if finder is not self]
 
 
 def _end(line: str, name: str) -> None:

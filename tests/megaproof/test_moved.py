@@ -131,6 +131,7 @@ def test_an_old_kernel_gives_one_line(old: str) -> None:
         adapters.load(old)
     assert str(refused.value) == f"--kernel {old} is --kernel {moved.KERNELS[old]} now"
     assert callable(adapters.load(moved.KERNELS[old]))
+    assert old.partition(".")[0] not in set(sys.modules) - {"tests"}, "a refused import leaves a package behind"
 
 
 def test_an_old_test_file_gives_one_line(tmp_path: pytest.TempPathFactory) -> None:
