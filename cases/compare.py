@@ -15,6 +15,12 @@ class Differs(AssertionError):
     """Two stages that should be the same bits and are not."""
 
 
+def hold(holds: bool, rule: str) -> None:
+    """Raises AssertionError with the rule unless it holds: an `assert` that `python -O` cannot take away."""
+    if not holds:
+        raise AssertionError(rule)
+
+
 def bits(tensor: Tensor) -> Tensor:
     """The bit patterns of a tensor, as integers of its width, on the CPU."""
     return tensor.cpu().contiguous().view(_INTEGER[tensor.element_size()])

@@ -68,7 +68,8 @@ class Coverage:
 def assert_coverage(case: Case, made: Inputs, floors: dict[str, float], **sample: int) -> Coverage:
     """`measure`, and an AssertionError that names every feature below its floor."""
     coverage = measure(case, made, **sample)
-    assert not (gone := coverage.missing(floors)), f"{case.id} (share, floor): {gone}\n{coverage.table()}"
+    if gone := coverage.missing(floors):
+        raise AssertionError(f"{case.id} (share, floor): {gone}\n{coverage.table()}")
     return coverage
 
 

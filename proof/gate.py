@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from megaproof.cases.cases import CASES, Case
-from megaproof.cases.compare import same
+from megaproof.cases.compare import hold, same
 from megaproof.cases.run import CaseRun, run_case
 from megaproof.golden import store
 from megaproof.proof import adapters, bundle, exact, memory
@@ -86,7 +86,8 @@ class TestGolden:
     def test_stages_equal_the_golden(self, run: Run, pytestconfig: pytest.Config) -> None:
         if pytestconfig.getoption("--seed") or pytestconfig.getoption("--recipe"):
             pytest.skip("goldens belong to --seed 0 and to the case's own recipe")
-        assert store.check(run.case, store.read(run.case), run.sha256, run.trace) > 0
+        compared = store.check(run.case, store.read(run.case), run.sha256, run.trace)
+        hold(compared > 0, f"{run.case.id}: the golden compared nothing")
 
 
 @on_cases
@@ -116,14 +117,15 @@ class TestCase:
             adapter.close()
         record_property("kernel", f"{adapter.name}: {proof}")
         print(f"{run.case.id}: {adapter.name}: {proof}")
-        assert proof.elements > 0
-        assert bool(proof.by_integers) == (run.integers is not None and any(run.case.tokens))
+        hold(proof.elements > 0, f"{run.case.id}: no element of the kernel was compared")
+        wanted = run.integers is not None and any(run.case.tokens)
+        hold(bool(proof.by_integers) == wanted, f"{run.case.id}: {proof.by_integers} elements by integers")
 
     def test_the_twin_equals_the_readable_reference(self, run: Run) -> None:
         check_dispatch(run)
         compared = check_rooms(run)
         check_combine(run)
-        assert compared > 0 or not len(run.trace["rows"])
+        hold(compared > 0 or not len(run.trace["rows"]), f"{run.case.id}: no element of a room was compared")
 
     def test_y_is_inside_the_fp64_bound(self, run: Run, record_property: pytest.RecordProperty) -> None:
         recipe, columns, used = run.case.recipe, run.columns("fp64"), 0.0
@@ -143,20 +145,22 @@ class TestCase:
             used = max(used, oracle.headroom(run.result.y[rank][[token]][:, columns].cpu(), y64, bound))
         record_property("fp64_bound_used", used)
         print(f"{run.case.id}: {100 * used:.2f} % of the FP64 bound used")
-        assert used <= 1.0
+        hold(used <= 1.0, f"{run.case.id}: y lies outside the FP64 bound, at {used:.3f} of it")
 
     def test_statistics_equal_a_count_by_hand(self, run: Run) -> None:
         counts = Counter(e for idx in run.inputs.topk_idx for token in idx.tolist() for e in token if e >= 0)
         local = run.case.shape.experts_per_rank(run.case.ranks)
         expected = [[counts[rank * local + e] for e in range(local)] for rank in range(run.case.ranks)]
-        assert [stats.tolist() for stats in run.result.stats] == expected
-        assert sum(map(sum, expected)) == len(run.trace["rows"])
+        found, rows = [stats.tolist() for stats in run.result.stats], len(run.trace["rows"])
+        hold(found == expected, f"{run.case.id}: statistics {found}, by hand {expected}")
+        hold(sum(map(sum, expected)) == rows, f"{run.case.id}: {rows} rows, by hand {sum(map(sum, expected))}")
 
     def test_y_does_not_depend_on_batch_order_and_ranks(self, run: Run) -> None:
         """Three tokens alone, in another order, on another number of ranks: the same bits as in the whole batch."""
         places = run.tokens("invariance", 3)
         if not places:
-            assert all(y.shape == (0, run.case.shape.hidden) for y in run.result.y)
+            shapes = [tuple(y.shape) for y in run.result.y]
+            hold(set(shapes) == {(0, run.case.shape.hidden)}, f"{run.case.id}: y of no token has shapes {shapes}")
             return
         ranks = 2 if run.case.ranks != 2 else 1
         arguments = [torch.cat([t[rank][[token]] for rank, token in places]) for t in run.inputs.arguments()[:4]]
@@ -174,7 +178,7 @@ class TestCase:
         if run.integers:
             compared = run.integers.compare(run.result.y)
             print(f"{run.case.id}: {compared:,} elements of y by int64 arithmetic")
-            assert compared > 0 or not any(run.case.tokens)
+            hold(compared > 0 or not any(run.case.tokens), f"{run.case.id}: the integers compared nothing")
             return
         recipe, columns = run.case.recipe, run.columns("lattice")
         rounding = run.case.family in ("mixed", "gaussian", "heavy_tail")  # no scale is a power of two everywhere
@@ -191,7 +195,7 @@ class TestCase:
                 )
             except oracle.NotLattice:
                 continue
-            assert not (rounding and active), "the integer oracle took an input on which steps round"
+            hold(not (rounding and active), "the integer oracle took an input on which steps round")
             if exact.modelled(run.case):
                 same("y", y, run.result.y[rank][[token]][:, columns].contiguous().view(torch.int16).cpu())
 
@@ -211,7 +215,8 @@ def check_dispatch(run: Run) -> None:
         for slot, e in enumerate(experts)
         if e >= 0
     ]
-    assert [tuple(row) for row in trace["rows"].tolist()] == expected
+    found = [tuple(row) for row in trace["rows"].tolist()]
+    hold(found == expected, f"{run.case.id}: routed rows {found}, by hand {expected}")
     if expected:
         for stage, source in (("l1_acts", made.x), ("l1_acts_sf", made.x_sf)):
             copied = torch.stack([source[rank][token] for rank, token, _ in expected])

@@ -117,7 +117,8 @@ def turned(tensors: Sequence[Tensor]) -> list[Tensor]:
 def another_batch(prepared: Prepared, expected: LayerResult) -> tuple[Prepared, LayerResult]:
     """(problem, its result) of the third launch."""
     made, case, trace = prepared.inputs, prepared.case, expected.trace
-    assert trace is not None, "the proof needs the reference's trace"
+    if trace is None:
+        raise ValueError("expected.trace is None: the proof needs the reference's trace")
     topk_idx = turned(made.topk_idx)
     inputs = Inputs(turned(made.x), turned(made.x_sf), topk_idx, turned(made.topk_weights), made.weights)
     smaller = dataclasses.replace(case, tokens=tuple(map(len, topk_idx)))

@@ -23,7 +23,8 @@ def report(d: Divergence) -> str:
     lines += _field("equal", f"{equal}; not shown by the kernel: {', '.join(d.missing) or 'none'}")
     if d.problem:
         return "\n".join([*lines, *_field("problem", d.problem), *_field("explain", d.explain)])
-    assert d.place is not None
+    if d.place is None:
+        raise ValueError(f"the divergence of stage {d.stage} has neither a place nor a problem")
     for label, line in zip(("where", "", ""), d.place.text(d.stage, d.granularity), strict=False):
         lines += _field(label, line)
     step = "not comparable (NaN)" if d.ulp < 0 else f"{d.ulp:,} {'apart' if d.format == 'int32' else 'ulp apart'}"

@@ -107,7 +107,8 @@ def question_of(case: Case, stage: Stage, place: dict[str, Any], k_block: int | 
 def _derived(told: Told, stage: Stage, place: dict[str, Any]) -> str | None:
     """Bits of the bundle's element as they are here."""
     explanation = told.explanation
-    assert explanation is not None
+    if explanation is None:
+        raise ValueError("told.explanation is None: nothing was derived")
     if stage.read_by == 1:  # Eq. (1) copies it
         made = inputs.make(told.case)
         tensors = made.x_sf if stage.covers else made.x

@@ -45,8 +45,8 @@ def found(stage: str, planted: Tensor, **known: object) -> Divergence:
     y = list((planted if stage == "y" else expected("y")).split(list(CASE.tokens)))
     stats = list((planted if stage == "stats" else expected("stats")).split(8))
     divergence = first_divergence(layer().result, stages, y, stats, CASE, topk_idx=layer().inputs.topk_idx, **known)
-    assert divergence is not None
-    assert divergence.stage == stage
+    if divergence is None or divergence.stage != stage:
+        raise AssertionError(f"a fault planted in {stage} is found in {divergence and divergence.stage}")
     return divergence
 
 

@@ -51,7 +51,9 @@ def scattered(count: int, stream: int) -> Tensor:
 
 def assert_same(actual: Tensor, expected: Tensor, inputs: Tensor | None = None) -> None:
     """Same dtype, shape and bits, NaN payloads included."""
-    assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
+    if (actual.dtype, actual.shape) != (expected.dtype, expected.shape):
+        wanted = f"{expected.dtype} {list(expected.shape)}"
+        raise AssertionError(f"{actual.dtype} {list(actual.shape)} instead of {wanted}")
     got, want = (_integers(t) for t in (actual.cpu(), expected.cpu()))
     wrong = (got != want).reshape(-1).nonzero().squeeze(1)
     if len(wrong):

@@ -25,5 +25,5 @@ def bench(command: str, *arguments: str) -> tuple[int, str]:
 def assert_usage(status_and_text: tuple[int, str], message: str) -> None:
     """The command ended as usage errors do, and said this."""
     status, text = status_and_text
-    assert status == 2
-    assert message in " ".join(text.replace("│", " ").split())
+    if status != 2 or message not in " ".join(text.replace("│", " ").split()):
+        raise AssertionError(f"status {status} instead of 2, or no {message!r} in:\n{text}")

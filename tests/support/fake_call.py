@@ -60,7 +60,8 @@ class FakeLibrary:
 
     def kernel(self, name: str) -> Callable[..., None]:
         def launch(params: Any, *sizes: int, cooperative: bool, device: int) -> None:
-            assert (cooperative, device) == (True, 0)
+            if (cooperative, device) != (True, 0):
+                raise AssertionError(f"launched with cooperative={cooperative} on device {device}")
             self.launches.append((name, Params.from_buffer_copy(params), sizes))
 
         return launch

@@ -89,7 +89,8 @@ def run(adapter: GuardedAdapter, case: Case, made: Inputs) -> tuple[list[Tensor]
 def enqueue(adapter: GuardedAdapter, case: Case) -> None:
     """A launch that nobody waits for."""
     l1, l2 = zip(*adapter.weights, strict=True)
-    assert adapter.buffer is not None
+    if adapter.buffer is None:
+        raise ValueError("adapter.buffer is None: prepare the adapter first")
     api.fp8_mega_moe(adapter.outputs, l1, l2, adapter.buffer, adapter.counts, recipe=case.recipe)
 
 

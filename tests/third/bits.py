@@ -44,14 +44,17 @@ def to_float(bits: np.ndarray) -> Tensor:
 
 def to_bits(x: Tensor) -> np.ndarray:
     """float32 tensor -> uint32 bit patterns."""
-    assert x.dtype == torch.float32, x.dtype
+    if x.dtype != torch.float32:
+        raise TypeError(f"x is {x.dtype}: it must be float32")
     return x.contiguous().numpy().view(np.uint32)
 
 
 def assert_same_bits(actual: np.ndarray, expected: np.ndarray, what: str) -> None:
     """Every element equal as an integer, NaN payloads included; a failure names the count and the first place."""
-    assert actual.shape == expected.shape, f"{what}: shape {actual.shape} against {expected.shape}"
-    assert expected.size, f"{what}: nothing was compared"
+    if actual.shape != expected.shape:
+        raise AssertionError(f"{what}: shape {actual.shape} against {expected.shape}")
+    if not expected.size:
+        raise AssertionError(f"{what}: nothing was compared")
     different = np.argwhere(actual != expected)
     if len(different):
         first = tuple(different[0])

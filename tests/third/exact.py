@@ -117,7 +117,8 @@ def wgmma_element(a: Sequence[int], b: Sequence[int], c: int) -> int:
     surplus = max(abs(total).bit_length() - 14, 0)  # keep the 14 leading bits
     kept = (abs(total) >> surplus << surplus) * unit
     bits = round_float32(-kept if total < 0 else kept)
-    assert value(bits) == (-kept if total < 0 else kept), "a tensor-core result must be a float32 without rounding"
+    if value(bits) != (-kept if total < 0 else kept):
+        raise AssertionError("a tensor-core result must be a float32 without rounding")
     return bits
 
 

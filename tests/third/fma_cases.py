@@ -35,7 +35,8 @@ def tie_in_product(s: Source, n: int) -> Triple:
     # odd * odd with 25 bits in all; 12-bit and 13-bit factors give 24 or 25, the latter are kept.
     a_odd, b_odd = s.below(1 << 11, 4 * n) << 1 | 1 << 12 | 1, s.below(1 << 11, 4 * n) << 1 | 1 << 12 | 1
     keep = np.flatnonzero((a_odd.astype(np.int64) * b_odd) >> 24 == 1)[:n]
-    assert len(keep) == n
+    if len(keep) != n:
+        raise AssertionError(f"{len(keep)} products of 25 bits were drawn: {n} are needed")
     a, b = ((odd[keep] << 11 & 0x7FFFFF) | _sign_and_field(s, n, 127) for odd in (a_odd, b_odd))
     return a, b, s.floats(8, 120, n)
 

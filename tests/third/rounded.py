@@ -55,7 +55,8 @@ def exp2() -> np.ndarray:
     for i in np.flatnonzero(units != bound + half + SLACK >> shift).tolist():
         fixed = exp2_fixed(i, 23) + (1 << (SCALE - 24))
         units[i] = fixed >> (SCALE - 23)
-        assert units[i] == fixed + (1 << 10) >> (SCALE - 23), f"2^({i}/2^23) is too close to a tie for {SCALE} bits"
+        if units[i] != fixed + (1 << 10) >> (SCALE - 23):
+            raise AssertionError(f"2^({i}/2^23) is too close to a tie for {SCALE} bits")
     return (126 << 23) + units  # 2^23 units are 1.0, whose bits are 127 << 23
 
 
