@@ -10,6 +10,7 @@ from megaproof.proof.faults.delays import delays_command
 from megaproof.proof.report.command import report_command
 from megaproof.proof.sanitize import sanitize_command
 from megaproof.proof.worlds.command import gloo_command
+from megaproof.toolchain import optimized
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 app.command("wrong")(wrong_command)
@@ -26,6 +27,7 @@ def commands() -> None:
 
     Exit status: 0 proven, 1 differs, 2 usage, 3 environment, 5 nothing was compared.
     """
+    optimized.refuse()
 
 
 if __name__ == "__main__":

@@ -15,13 +15,13 @@ import traceback
 import pytest
 
 from megaproof import moved
+from megaproof.toolchain import optimized
+from megaproof.toolchain.optimized import EXIT_ENVIRONMENT
 
 MAX_RANKS = 72
 """The largest number of ranks that the kernel's interface allows."""
 SEED_BITS = 64
 """Philox takes a key of 64 bits."""
-EXIT_ENVIRONMENT = 3
-"""Exit status of a run that this environment can't begin."""
 DEFAULT_KERNEL = "megaproof.proof.adapters:default"
 """As megaproof.proof.adapters.DEFAULT, which needs torch."""
 WORLDS = ("virtual", "gloo", "processes")
@@ -117,10 +117,12 @@ def add(parser: pytest.Parser) -> None:
 
 
 def check_python() -> None:
-    """Ends pytest with EXIT_ENVIRONMENT unless this interpreter is new enough and imports what the suite needs."""
+    """Ends pytest with EXIT_ENVIRONMENT unless this interpreter is new enough, asserts, and imports what is needed."""
     found = ".".join(map(str, sys.version_info[:2]))
     if sys.version_info < (3, 11):  # noqa: UP036 - an older Python reads this file too, to be told so
         pytest.exit(f"Python {found} runs this; megaproof needs 3.11 or later", EXIT_ENVIRONMENT)
+    if reason := optimized.why_not():
+        pytest.exit(reason, EXIT_ENVIRONMENT)
     if missing := [name for name in NEEDED if not importlib.util.find_spec(name)]:
         names = ", ".join(missing)
         needed = "nothing of the suite works without; `make setup` prints an interpreter that has all it needs"

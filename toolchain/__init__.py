@@ -7,6 +7,7 @@ code, pins  the digests of cubins and of their code, and the file that holds tho
 launch      a cubin on the device: libraries, kernels, tensor maps
 files       files that are never half written
 child       processes of our own
+optimized   where asserts are left out, nothing is proven
 """
 
 from megaproof import bare
