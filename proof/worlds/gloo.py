@@ -7,15 +7,15 @@ process outlives the call, nor the caller. Which rank is named, and when, is dec
 
 from __future__ import annotations
 
-import contextlib
+import atexit
+import functools
 import json
-import os
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from megaproof.cases import case_io
 from megaproof.cases.cases import Case
 from megaproof.cases.run import dimensions
-from megaproof.proof.worlds.supervisor import Finding, Kind, Limits, Mark, Supervisor, View, status
+from megaproof.proof.worlds.supervisor import Finding, Kind, Limits, Mark, Supervisor, View
 from megaproof.reference.layer import LayerResult
 from megaproof.reference.ranks import RankResult, gather
 from megaproof.toolchain import child
@@ -36,8 +36,6 @@ DUMP_S = 30.0
 """How long a rank that hangs is given to print its stack; it takes milliseconds unless the machine is busy."""
 STACK_ENDS = ("in _run_module_as_main\n", "  ...\n")
 """The last line of a complete stack: the outermost frame of `python -m`, or the mark of one that is too deep."""
-END_S = 60.0
-"""Time for the starter to kill its ranks before it is killed itself; they go with it."""
 LAST_LINES = 30
 """Of what a rank that died had printed."""
 
@@ -89,18 +87,14 @@ def rank_results(
     with tempfile.TemporaryDirectory(prefix="megaproof-ranks-") as name:
         folder = Path(name)
         job = {
+            "folder": str(folder),
             "case": case_io.to_json(case),
-            "parent": os.getpid(),
             "exchange_timeout_s": supervisor.limits.whole_s + GLOO_EXTRA_S,
             "before": before,
             "device": device,
         }
-        (folder / "job.json").write_text(json.dumps(job))
-        world = _World(folder, case.ranks)
-        try:
+        with _World(folder, case.ranks, job) as world:
             world.wait(supervisor)
-        finally:
-            world.end()
         return [_read(folder, rank) for rank in range(case.ranks)]
 
 
@@ -117,80 +111,100 @@ def _read(folder: Path, rank: int) -> RankResult:
     return RankResult(*(tensors.pop(name) for name in ("y", "stats", "sent")), trace=tensors)
 
 
-class _World:
-    """The processes of one run: the starter (`megaproof.proof.worlds.rank_process`) and its ranks."""
+@functools.cache
+def started() -> child.Template:
+    """The template that was started last; see `template`."""
+    made = child.Template("megaproof.proof.worlds.rank_process:load")
+    atexit.register(made.close)
+    return made
 
-    def __init__(self, folder: Path, ranks: int) -> None:
+
+def template() -> child.Template:
+    """The process that ranks are forked from: started by the first run, and again if it was killed since.
+
+    Raises TemplateLost if it can't start.
+    """
+    if started().lost:
+        started.cache_clear()
+    return started()
+
+
+class _World:
+    """The ranks of one run, until the block is left."""
+
+    def __init__(self, folder: Path, ranks: int, job: dict[str, Any]) -> None:
         self.folder, self.ranks = folder, ranks
-        with (folder / "starter.log").open("wb") as log:
-            self.starter = child.start(
-                "proof.worlds.rank_process",
-                str(folder),
-                # gloo takes the loopback device, and not the one of the host name, which need not resolve.
-                changes={"GLOO_SOCKET_IFNAME": "lo"},
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # an interrupt of the terminal reaches the parent alone
-            )
+        self.processes: list[child.Forked] = []
+        source = template()
+        # gloo takes the loopback device, and not the one of the host name, which need not resolve.
+        environ = child.environment(GLOO_SOCKET_IFNAME="lo")
+        try:
+            for rank in range(ranks):
+                with self._file(rank, "log").open("wb") as log:
+                    rank_job = {**job, "rank": rank}
+                    self.processes.append(
+                        source.fork("megaproof.proof.worlds.rank_process:be_rank", rank_job, log, environ=environ)
+                    )
+        except BaseException:
+            self.end()
+            raise
+
+    def __enter__(self) -> _World:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """Kills what still runs, and returns when nothing does."""
+        for process in self.processes:
+            process.close()
 
     def wait(self, supervisor: Supervisor) -> None:
         """Returns when every rank has left its result. Raises `RankFailure`."""
         while True:
-            starter = self.starter.poll()
+            lost = any(process.lost for process in self.processes)
             views = [self._view(rank) for rank in range(self.ranks)]
-            found = supervisor.look(views, None if starter is None else status(starter))
+            found = supervisor.look(views, lost)
             if found == "done":
                 return
             if found is not None:
-                raise self._failure(found, views, starter)
+                raise self._failure(found, views)
             time.sleep(POLL_S)
-
-    def end(self) -> None:
-        """Kills what still runs."""
-        self.starter.terminate()  # it kills its ranks
-        try:
-            self.starter.wait(END_S)
-        except subprocess.TimeoutExpired:
-            os.killpg(self.starter.pid, signal.SIGKILL)
-            self.starter.wait()
 
     def _view(self, rank: int) -> View:
         """The exit status is read first: a rank leaves everything else before it ends."""
-        code, mark = self._text(rank, "exit"), self._text(rank, "mark")
+        process = self.processes[rank]
+        code, mark = process.poll(), self._text(rank, "mark")
         found = Mark.from_json(mark) if mark else None
         if code is None:
-            pid = self._text(rank, "pid")
-            return View(found, stopped=pid is not None and process_state(int(pid)) == "T")
+            return View(found, stopped=process_state(process.pid) == "T")
         error = json.loads(self._text(rank, "error.json") or "null")
         return View(
             found,
-            int(code),
+            code,
             result=self._file(rank, "result.safetensors").exists(),
             raised=error and error["traceback"].rstrip().rpartition("\n")[2],
             echo=bool(error and error["peer_lost"]),
         )
 
-    def _failure(self, found: Finding, views: list[View], starter: int | None) -> RankFailure:
+    def _failure(self, found: Finding, views: list[View]) -> RankFailure:
         rank, view = found.rank, views[found.rank]
         if found.kind == "raised":
             text = json.loads(self._text(rank, "error.json") or "{}").get("traceback", "")
         elif found.kind == "died":
-            text = self._last_lines("starter" if view.runs else f"rank{rank}")
+            text = self._last_lines(rank)
         else:
             others = [f"rank {other} {at.where()}" for other, at in enumerate(views) if at.runs and other != rank]
-            printed = self._last_lines(f"rank{rank}" if view.mark else "starter")
-            parts = (printed, self._stack(rank, view), "; ".join(others) or "no other rank runs")
+            parts = (self._last_lines(rank), self._stack(rank, view), "; ".join(others) or "no other rank runs")
             text = "\n".join(filter(None, parts))
-        return RankFailure(rank, self.ranks, found.kind, found.how, text, starter if view.runs else view.code)
+        return RankFailure(rank, self.ranks, found.kind, found.how, text, view.code)
 
     def _stack(self, rank: int, view: View) -> str:
         """Where each thread of a running rank is; '' for one that can't answer."""
-        pid = self._text(rank, "pid")
-        if pid is None or view.stopped:
+        if view.mark is None or view.stopped:  # before its first mark, the signal would end it
             return ""
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(int(pid), signal.SIGUSR1)
+        self.processes[rank].send_signal(signal.SIGUSR1)
         deadline = time.monotonic() + DUMP_S
         while not (stack := self._text(rank, "stack") or "").endswith(STACK_ENDS) and time.monotonic() < deadline:
             time.sleep(POLL_S)
@@ -205,7 +219,5 @@ class _World:
         except FileNotFoundError:
             return None
 
-    def _last_lines(self, name: str) -> str:
-        log = self.folder / f"{name}.log"
-        lines = log.read_text(errors="replace").splitlines() if log.exists() else []
-        return "\n".join(lines[-LAST_LINES:])
+    def _last_lines(self, rank: int) -> str:
+        return "\n".join((self._text(rank, "log") or "").splitlines()[-LAST_LINES:])

@@ -1,18 +1,14 @@
-"""The ranks of one run, a process each: `python -m megaproof.proof.worlds.rank_process FOLDER`, started by `gloo.py`.
+"""What each rank of a run does, in a process of its own that `gloo.py` has its template fork.
 
-This process, the starter, imports torch and loads the compiled arithmetic once, forks the ranks and waits for them.
-FOLDER/job.json says what to compute. There every rank leaves, as rank<r>.<name>: log (what it prints), pid, mark (how
-far it is, see `supervisor.Mark`), stack (where each of its threads is, when asked by SIGUSR1), result.safetensors, and
-error.json when it raised; the starter adds its exit status. A rank computes on one thread; ranks die with the starter,
-and the starter with the process that started it.
+The template imports torch and loads the compiled arithmetic once (`load`); a rank begins there (`be_rank`). In the
+run's folder every rank leaves, as rank<r>.<name>: log (what it prints), mark (how far it is, see `supervisor.Mark`),
+stack (where each of its threads is, when asked by SIGUSR1), result.safetensors, and error.json when it raised. A rank
+computes on one thread, and ends with the process that started the run.
 """
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import faulthandler
-import importlib
 import json
 import os
 import signal
@@ -32,13 +28,11 @@ from megaproof.cases import case_io, inputs
 from megaproof.cases.cases import Case
 from megaproof.cases.run import dimensions
 from megaproof.proof.worlds.supervisor import Mark
-from megaproof.quant import twin
+from megaproof.quant.shapes import Shape
 from megaproof.reference.exchange import Exchange, check_messages
+from megaproof.reference.layer import moe_layer
 from megaproof.reference.ranks import RankResult, rank_layer
-
-PR_SET_PDEATHSIG = 1
-"""prctl(2): the signal that this process gets when its parent ends."""
-
+from megaproof.toolchain import template
 
 Before = Callable[[Exchange, int], Exchange]
 """Called in each rank before its layer, as before(exchange, rank); returns the exchange to use."""
@@ -111,7 +105,6 @@ def run(folder: Path, rank: int, job: dict[str, Any], case: Case, before: Before
     """Computes the job's case as one rank and writes the result."""
     progress = Progress(folder / f"rank{rank}.mark")
     faulthandler.register(signal.SIGUSR1, _log(folder, rank, "stack"))  # asks a rank that hangs where it is
-    write_text(folder / f"rank{rank}.pid", str(os.getpid()))
     progress.mark("started")
     gloo = GlooExchange(rank, case.ranks, folder / "store", job["exchange_timeout_s"], progress)
     exchange = before(gloo, rank) if before else gloo
@@ -153,51 +146,22 @@ def write_result(folder: Path, rank: int, result: RankResult) -> None:
 # --- processes --------------------------------------------------------------------------------------------------------
 
 
-def start_ranks(folder: Path) -> None:
-    """Forks the ranks of FOLDER/job.json and writes each one's exit status as it ends. SIGTERM ends them all."""
-    job = json.loads((folder / "job.json").read_text())
-    die_with(job["parent"])
-    case = case_io.from_json(job["case"])
+def load() -> None:
+    """What the template of the ranks does once: all imports, and the compiled arithmetic, by a layer of one token."""
     torch.set_num_threads(1)  # no pool of threads is alive when the ranks are forked
-    twin.codes(0, 0, 1, torch.zeros(256, dtype=torch.uint8))  # loads the compiled arithmetic, once for all ranks
-    before = None
-    if job["before"]:
-        module, _, name = job["before"].partition(":")
-        before = getattr(importlib.import_module(module), name)
-
-    running: dict[int, int] = {}
-
-    def end(*_: object) -> None:
-        for pid in running:
-            with contextlib.suppress(ProcessLookupError):  # it was waited for a moment ago
-                os.kill(pid, signal.SIGKILL)
-        for pid in running:
-            with contextlib.suppress(ChildProcessError):
-                os.waitpid(pid, 0)
-        os._exit(1)
-
-    signal.signal(signal.SIGTERM, end)
-    starter = os.getpid()
-    for rank in range(case.ranks):
-        pid = os.fork()
-        if pid == 0:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            die_with(starter)
-            _be(folder, rank, job, case, before)
-        running[pid] = rank
-    while running:
-        pid, status = os.wait()
-        write_text(folder / f"rank{running.pop(pid)}.exit", str(os.waitstatus_to_exitcode(status)))
+    case = Case(Shape("loads", 128, 128, 1, 1), (1,))
+    moe_layer(case.recipe, *inputs.make(case, "cpu").arguments(), trace=True, experts=case.shape.experts)
 
 
-def _be(folder: Path, rank: int, job: dict[str, Any], case: Case, before: Before | None) -> NoReturn:
-    """The life of a rank. It leaves at once when something raised, so that the others see it."""
-    status = 1
+def be_rank(job: dict[str, Any]) -> NoReturn:
+    """The life of a rank, whose output goes to its log. It leaves at once when something raised, so that the others
+    see it: no destructor of a library waits for peers.
+
+    job: folder, rank, case (as JSON), exchange_timeout_s, before ('module:function' or None), device.
+    """
+    folder, rank, status = Path(job["folder"]), job["rank"], 1
     try:
-        log = _log(folder, rank, "log")
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        run(folder, rank, job, case, before)
+        run(folder, rank, job, case_io.from_json(job["case"]), job["before"] and template.function(job["before"]))
         status = 0
     except BaseException as error:
         report = {"traceback": traceback.format_exc(), "peer_lost": isinstance(error, PeerLost)}
@@ -205,15 +169,5 @@ def _be(folder: Path, rank: int, job: dict[str, Any], case: Case, before: Before
         traceback.print_exc()
     finally:
         sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(status)
-
-
-def die_with(parent: int) -> None:
-    """No orphans: the kernel kills this process when its parent ends, however that ends. (Linux.)"""
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before the line above
-        os._exit(1)
-
-
-if __name__ == "__main__":
-    start_ranks(Path(sys.argv[1]))

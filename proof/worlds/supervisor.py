@@ -118,10 +118,10 @@ class Supervisor:
         self._changed: list[float] = []
         """When each rank's view was last seen to change."""
 
-    def look(self, views: Sequence[View], starter: str | None = None) -> Finding | Literal["done"] | None:
+    def look(self, views: Sequence[View], lost: bool = False) -> Finding | Literal["done"] | None:
         """What is known now: the rank that ended the run; 'done' when each has left a result; None: wait on.
 
-        views: of every rank. starter: how the process that starts the ranks has ended, None while it runs; it has to
+        views: of every rank. lost: whether the process that forks the ranks has ended, and with it they; it has to
         be asked before the views are taken, since its end comes after the ranks'.
         """
         self._tick(views)
@@ -136,8 +136,8 @@ class Supervisor:
         running = [rank for rank, view in enumerate(views) if view.runs]
         if not running:
             return "done"
-        if starter is not None:
-            return Finding(running[0], "died", f"the process that starts the ranks ended with {starter}")
+        if lost:
+            return Finding(running[0], "died", "the process that forks the ranks has ended, and they with it")
         rank = self._waited_for(running)
         silence = self._silence(rank)
         if silence >= self._allowed(rank):

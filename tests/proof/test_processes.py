@@ -1,24 +1,24 @@
 """One process a rank over gloo: the same bits as all ranks in one process; and no way to fail without turning red.
 
-The functions named by `before=` run inside the ranks: they are the faults of these tests, and live here alone. Who is
-named for what, and when, is tested without processes in test_supervisor.py; here the supervisor's clock moves only
-while the ranks are where a test wants them, so that no verdict depends on how busy the machine is.
+The faults are in tests/support/faulty_ranks.py, since they run inside the ranks. Who is named for what, and when, is
+tested without processes in test_supervisor.py; here the supervisor's clock moves only while the ranks are where a test
+wants them, so that no verdict depends on how busy the machine is.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
-import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NoReturn
 
 import pytest
 import torch
-from torch import Tensor
 from typer.testing import CliRunner
 
 from megaproof.cases import inputs
@@ -30,17 +30,17 @@ from megaproof.proof.worlds.gloo import RankFailure, process_state, run_processe
 from megaproof.proof.worlds.supervisor import Finding, Limits, Supervisor, View
 from megaproof.quant import twin
 from megaproof.quant.recipe import RECIPES
-from megaproof.quant.shapes import SHAPES
+from megaproof.quant.shapes import SHAPES, Shape
 from megaproof.reference.arguments import check
 from megaproof.reference.exchange import Exchange, lockstep
 from megaproof.reference.layer import LayerResult, moe_layer
 from megaproof.reference.ranks import RankResult, rank_layer
 from megaproof.reference.stages import STAGES
 from megaproof.tests.support.patience import PATIENCE_S, wait_for
+from megaproof.toolchain import child
 
-ROOT = Path(__file__).resolve().parents[2]
 SMOKE = SHAPES["smoke"]
-FAULTY = Case(SMOKE, (2, 0, 1), routing="zipf")
+FAULTY = Case(Shape("three", 128, 128, 3, 2), (2, 0, 1), routing="zipf")
 """Three ranks, one of them idle."""
 
 
@@ -81,67 +81,18 @@ def test_gloo_equals_one_process_at_full_size() -> None:
     assert compare(case, run_processes(case)) > 100_000
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="looks at threads in /proc")
+def test_the_template_has_one_thread() -> None:
+    """A fork copies no other: a lock that one of them held would stay locked for ever."""
+    assert len(os.listdir(f"/proc/{gloo.template().pid}/task")) == 1
+
+
 # --- faults, each in one rank -----------------------------------------------------------------------------------------
-
-
-class Failing:
-    """The exchange of a rank that does something else instead of its second exchange: the others wait inside it."""
-
-    def __init__(self, exchange: Exchange, fault: Callable[[], None]) -> None:
-        self.exchange, self.fault, self.calls = exchange, fault, 0
-
-    def all_to_all(self, messages: list[Tensor]) -> list[Tensor]:
-        self.calls += 1
-        if self.calls == 2:
-            self.fault()
-        return self.exchange.all_to_all(messages)
-
-
-def _noted(exchange: Exchange, rank: int, faulty: int, fault: Callable[[], None]) -> Exchange:
-    """Leaves this process's id in the folder that a test made for it."""
-    Path(os.environ["MEGAPROOF_TEST_PIDS"], str(os.getpid())).touch()
-    return Failing(exchange, fault) if rank == faulty else exchange
-
-
-def raising(exchange: Exchange, rank: int) -> Exchange:
-    def fault() -> None:
-        raise OverflowError("a fault of the test")
-
-    return _noted(exchange, rank, 1, fault)
-
-
-def killed(exchange: Exchange, rank: int) -> Exchange:
-    return _noted(exchange, rank, 2, lambda: os.kill(os.getpid(), signal.SIGKILL))
-
-
-def leaving(exchange: Exchange, rank: int) -> Exchange:
-    """Ends with exit status 0, as if all were well."""
-
-    def fault() -> None:
-        print("on my way out", flush=True)
-        os._exit(0)
-
-    return _noted(exchange, rank, 0, fault)
-
-
-def stopped(exchange: Exchange, rank: int) -> Exchange:
-    """A rank that is stopped answers nothing, and can be killed."""
-    return _noted(exchange, rank, 1, lambda: os.kill(os.getpid(), signal.SIGSTOP))
-
-
-def hanging(exchange: Exchange, rank: int) -> Exchange:
-    return _noted(exchange, rank, 1, sleep_for_ever)
 
 
 def at_fault(pids: Path) -> bool:
     """Whether the rank that hangs does so by now."""
     return pids.with_suffix(".hangs").exists()
-
-
-def sleep_for_ever() -> None:
-    Path(os.environ["MEGAPROOF_TEST_PIDS"]).with_suffix(".hangs").touch()
-    while True:
-        time.sleep(3600)
 
 
 @pytest.fixture
@@ -153,7 +104,7 @@ def pids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def running(pids: Path) -> list[int]:
     """The noted processes that still run; a zombie has ended."""
-    found = [int(path.name) for path in pids.iterdir()]
+    found = [int(path.name) for path in pids.iterdir() if path.name.isdigit()]
     return [pid for pid in found if process_state(pid) not in ("", "Z", "X")]
 
 
@@ -164,15 +115,15 @@ class WhenReady(Supervisor):
         self.ready, self.seconds, self.begun = ready, 0.0, time.monotonic()
         super().__init__(Limits(quiet_s=10, echo_s=10), lambda: self.seconds)
 
-    def look(self, views: Sequence[View], starter: str | None = None) -> Finding | Literal["done"] | None:
+    def look(self, views: Sequence[View], lost: bool = False) -> Finding | Literal["done"] | None:
         if self.ready(views) or time.monotonic() - self.begun > PATIENCE_S:
             self.seconds += 1
-        return super().look(views, starter)
+        return super().look(views, lost)
 
 
 def fail(fault: str, supervisor: Supervisor | None = None) -> RankFailure:
     with pytest.raises(RankFailure) as caught:
-        run_processes(FAULTY, supervisor, before=f"megaproof.tests.proof.test_processes:{fault}")
+        run_processes(FAULTY, supervisor, before=f"megaproof.tests.support.faulty_ranks:{fault}")
     return caught.value
 
 
@@ -230,25 +181,72 @@ def test_a_rank_that_is_stopped(pids: Path) -> None:
 
 @pytest.mark.clock
 def test_a_hook_that_cannot_be_found() -> None:
-    """The starter never gets to its ranks."""
+    """No rank gets to its first mark."""
     failure = fail("no_such_hook", WhenReady())
-    assert (failure.rank, failure.kind, failure.code) == (0, "died", 1)
+    assert (failure.kind, failure.code) == ("raised", 1)
     assert "has no attribute 'no_such_hook'" in failure.text
 
 
 @pytest.mark.clock
-def test_ranks_end_with_the_process_that_started_them(pids: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Killed, it can clean up nothing; its ranks, one of which hangs, go all the same."""
-    hanging = "megaproof.tests.proof.test_processes:hanging"
-    code = f"from megaproof.tests.proof import test_processes as t\nt.run_processes(t.FAULTY, before='{hanging}')\n"
-    environment = os.environ | {"TMPDIR": str(tmp_path_factory.mktemp("parent"))}  # of the run's folder, which stays
-    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment)
+@pytest.mark.parametrize("copy", [False, True], ids=["alone", "a copy of it lives on"])
+def test_ranks_end_with_the_process_that_started_them(pids: Path, tmp_path: Path, copy: bool) -> None:
+    """Killed, it can clean up nothing; its ranks, one of which hangs, go all the same, and their template stays.
+
+    The starter is a fork of this process, so that it need not import torch; a fork of its own, such as a loader of
+    data, holds all that it had open.
+    """
+    gloo.template()  # of this process, so that a kill of its fork leaves it
+    starter = os.fork()
+    if starter == 0:
+        start_and_hang(pids, copy)
+    wait_for(lambda: len(running(pids)) == 3 + copy)
+    os.kill(starter, signal.SIGKILL)
+    os.waitpid(starter, 0)
+    wait_for(lambda: len(running(pids)) == copy)
+    for pid in running(pids):
+        os.kill(pid, signal.SIGKILL)
+    assert not gloo.template().lost
+
+
+@pytest.mark.clock
+def test_a_template_that_is_killed_takes_the_ranks_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None of them is blamed for it. This template imports nothing beforehand, so no other test misses it."""
+    template = child.Template("os:getpid")
+    monkeypatch.setattr(gloo, "template", lambda: template)
+
+    def kill(views: Sequence[View]) -> bool:
+        os.kill(template.pid, signal.SIGKILL)
+        return False
+
+    with pytest.raises(RankFailure) as caught:
+        run_processes(FAULTY, WhenReady(kill))
+    assert (caught.value.kind, caught.value.code) == ("died", None)
+    assert caught.value.how == "the process that forks the ranks has ended, and they with it"
+    template.close()
+
+
+def test_a_template_that_was_killed_is_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gloo, "started", functools.cache(lambda: child.Template("os:getpid")))
+    first = gloo.template()
+    assert gloo.template() is first
+    os.kill(first.pid, signal.SIGKILL)
+    wait_for(lambda: first.lost)
+    second = gloo.template()
+    assert second is not first
+    assert not second.lost
+    second.close()
+
+
+def start_and_hang(pids: Path, copy: bool) -> NoReturn:
+    """In the fork of a test: a run of ranks that does not end, in a folder that stays."""
+    tempfile.tempdir = str(pids)
     try:
-        wait_for(lambda: len(running(pids)) == 3)
+        if copy and os.fork() == 0:
+            Path(pids, str(os.getpid())).touch()
+            signal.pause()
+        run_processes(FAULTY, WhenReady(), before="megaproof.tests.support.faulty_ranks:hanging", device="cpu")
     finally:
-        parent.kill()
-        parent.wait()
-    wait_for(lambda: running(pids) == [])
+        os._exit(1)
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
@@ -263,15 +261,14 @@ def invoke(*arguments: str) -> tuple[int, str]:
 
 
 def test_the_command_compares_every_stage() -> None:
-    """As a user starts it; the other tests call it in this process."""
-    line = [sys.executable, "-m", "megaproof.proof", "gloo", CASE.id]
-    ended = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
-    assert ended.returncode == 0, ended.stdout + ended.stderr
+    """In this process; tests/megaproof/test_neighbours.py starts it as a user does."""
+    status, output = invoke(CASE.id)
+    assert status == 0, output
     for stage in ("rows", *STAGES):
-        assert f"equal  {stage} " in ended.stdout
-    assert f"0 of {len(STAGES) + 1} stages differ" in ended.stdout
+        assert f"equal  {stage} " in output
+    assert f"0 of {len(STAGES) + 1} stages differ" in output
     rows = sum(CASE.tokens) * SMOKE.topk
-    assert f"{rows * (512 + 16 + 16):,} bytes sent to experts, {rows * (1024 + 8):,} back" in ended.stdout
+    assert f"{rows * (512 + 16 + 16):,} bytes sent to experts, {rows * (1024 + 8):,} back" in output
 
 
 def one_bit_off(case: Case, supervisor: Supervisor) -> list[RankResult]:

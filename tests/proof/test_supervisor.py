@@ -33,8 +33,8 @@ class Scene:
         self.marks += 1
         self.views[rank] = View(Mark(self.marks, exchange, waits, text))
 
-    def look(self, starter: str | None = None) -> Found:
-        return self.supervisor.look(self.views, starter)
+    def look(self, lost: bool = False) -> Found:
+        return self.supervisor.look(self.views, lost)
 
     def during(self, seconds: int) -> list[Found]:
         """One look a second."""
@@ -61,7 +61,7 @@ def test_a_run_that_ends_well() -> None:
     assert scene.during(1) == [None]
     scene.views = [DONE, DONE]
     assert scene.look() == "done"
-    assert scene.look("exit status 0") == "done", "the starter ends after its ranks"
+    assert scene.look(lost=True) == "done", "what forked them is not needed any more"
 
 
 def test_a_start_that_is_slow_for_all_convicts_nobody() -> None:
@@ -271,11 +271,11 @@ def test_an_echo_is_named_where_no_cause_comes() -> None:
     assert named(scene.look()) == (0, "raised"), "at once, when all have ended"
 
 
-def test_the_end_of_the_starter() -> None:
+def test_the_end_of_the_process_that_forks_the_ranks() -> None:
     scene = Scene(2)
     scene.views[0] = DONE
-    found = scene.look("exit status 1")
-    assert found == Finding(1, "died", "the process that starts the ranks ended with exit status 1")
+    found = scene.look(lost=True)
+    assert found == Finding(1, "died", "the process that forks the ranks has ended, and they with it")
 
 
 # --- marks ------------------------------------------------------------------------------------------------------------
