@@ -17,6 +17,12 @@ with_ruff = found=$$("$$python" -m ruff --version 2>/dev/null || echo "no ruff")
 	if [[ $$found != "ruff $(ruff_pin)" ]]; then \
 		echo "format and lint skipped: $$python has $$found, and ruff $(ruff_pin) is needed"; \
 	else ( set -x; $(1) ); fi
+# mypy reads the types of one set of pins, those of Python 3.11; elsewhere one line says so.
+mypy_pin = $(shell sed -n 's/^mypy==\([^ ;]*\).*/\1/p' constraints.txt)
+with_mypy = found=$$("$$python" -m mypy --version 2>/dev/null || echo "no mypy"); \
+	if [[ $$found != "mypy $(mypy_pin) "* ]]; then \
+		echo "types skipped: $$python has $$found, and mypy $(mypy_pin) is needed"; \
+	else ( set -x; "$$python" -m megaproof.tests.support.typecheck ); fi
 check = "$$python" -m ruff format --check . && "$$python" -m ruff check .
 fix = "$$python" -m ruff check --fix . && "$$python" -m ruff format .
 
@@ -26,15 +32,15 @@ help:  ## this list
 gate:  ## the gate: every dsv4_flash case at 8 ranks
 	@$(with_python); set -x; "$$python" -m pytest -k dsv4_flash --ranks 8 $(PYTEST_ARGS)
 
-test:  ## formatting, lint and the whole suite, on two workers where pytest-xdist is installed
-	@$(with_python); $(call with_ruff,$(check)); workers=$$("$$python" -c 'import xdist' 2>/dev/null && echo "-n 2" || true); \
+test:  ## formatting, lint, types and the whole suite, on two workers where pytest-xdist is installed
+	@$(with_python); $(call with_ruff,$(check)); $(with_mypy); workers=$$("$$python" -c 'import xdist' 2>/dev/null && echo "-n 2" || true); \
 	set -x; "$$python" -m pytest $$workers $(PYTEST_ARGS)
 
 clock:  ## the tests that real time could decide, 100 times on a machine that is kept busy
 	@$(with_python); set -x; "$$python" -m megaproof.tests.support.busy --times 100 --burn 4
 
-lint:  ## formatting and lint, checked only
-	@$(with_python); $(call with_ruff,$(check))
+lint:  ## formatting, lint and types, checked only
+	@$(with_python); $(call with_ruff,$(check)); $(with_mypy)
 
 format:  ## formatting and lint, put right
 	@$(with_python); $(call with_ruff,$(fix))
@@ -43,7 +49,7 @@ setup:  ## only find or set up the interpreter, and print it
 	@$(with_python); echo "$$python"
 
 clean:  ## remove caches
-	rm -rf .pytest_cache .ruff_cache .hypothesis reports
+	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis reports
 	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
 
 distclean: clean  ## remove caches and the .venv that make set up

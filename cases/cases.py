@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass, field
+from typing import Any
 
 from megaproof.cases.pairwise import Row, table
 from megaproof.quant.recipe import RECIPES, Recipe
@@ -60,14 +61,14 @@ class Case:
         return "-".join(parts)
 
 
-def _case(shape: str, ranks: int, tokens: int | tuple[int, ...], **axes: object) -> Case:
+def _case(shape: str, ranks: int, tokens: int | tuple[int, ...], **axes: Any) -> Case:
     changes = {name: axes.pop(name) for name in ("clamp", "silu") if name in axes}
     recipe = axes.pop("recipe", RECIPES["default"]).replace(**changes)
     spread = (tokens,) * ranks if isinstance(tokens, int) else tokens
     return Case(SHAPES[shape], spread, recipe, **axes)
 
 
-def _flash(tokens: int | tuple[int, ...], **axes: object) -> Case:
+def _flash(tokens: int | tuple[int, ...], **axes: Any) -> Case:
     return _case("dsv4_flash", 8, tokens, **axes)
 
 
@@ -108,7 +109,7 @@ BIG = (
 )
 
 
-def _on_gpu(shape: str, ranks: int, tokens: int | tuple[int, ...], **axes: object) -> Case:
+def _on_gpu(shape: str, ranks: int, tokens: int | tuple[int, ...], **axes: Any) -> Case:
     return _case(shape, ranks, tokens, tier="gpu", **axes)
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import combinations
+from typing import Any
 
-Row = dict[str, object]
+Row = dict[str, Any]
 Value = tuple[str, object]
 Axes = Mapping[str, Sequence[object]]
 

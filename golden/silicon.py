@@ -96,8 +96,8 @@ def vectors(chip: str, folder: Path = FOLDER, device: torch.device | str = "cpu"
         bits = outputs[name]
         if bits.dtype != torch.int32 or bits.shape != c.shape:
             raise SiliconError(f"golden/silicon/{section['file']}: {name} must be int32 of shape {tuple(c.shape)}")
-        moved = (t.to(device) for t in (a, b, c))
-        yield Vector(name, *moved, tiles.FAMILIES[group["family"]].scale_d, bits.to(device))
+        scale_d = tiles.FAMILIES[group["family"]].scale_d
+        yield Vector(name, a.to(device), b.to(device), c.to(device), scale_d, bits.to(device))
 
 
 def verify(chip: str, folder: Path = FOLDER) -> dict[str, int]:

@@ -137,7 +137,9 @@ def count_routing(coverage: Coverage, where: Routes, weight: Tensor) -> None:
 # --- activation -------------------------------------------------------------------------------------------------------
 
 
-def count_activation(coverage: Coverage, case: Case, operands: tuple[Tensor, Tensor, Operand], weight: Tensor) -> tuple:
+def count_activation(
+    coverage: Coverage, case: Case, operands: tuple[Tensor, Tensor, Operand], weight: Tensor
+) -> tuple[Tensor, ...]:
     """Gate, up, v, and its codes and scales, which are returned."""
     recipe, twin = case.recipe, arith(weight.device)
     gate, up = gemm.gemm1(recipe, *operands, twin)

@@ -88,7 +88,8 @@ def prove(
     if prepared.world != "gloo":  # its processes make their inputs from the case's seed, so they know whole cases only
         plan.append((*another_batch(prepared, expected), integers and integers.moved(turned)))
     plan = plan[:launches]
-    compared, by_integers, previous, stages, digest = Counter(), 0, None, {}, ""
+    compared: Counter[str] = Counter()
+    by_integers, previous, stages, digest = 0, None, {}, ""
     for launch, (problem, wanted, exact) in enumerate(plan):
         if launch != 1:
             digest = problem.inputs.sha256()

@@ -47,7 +47,7 @@ def change_cases(items: Sequence[pytest.Item], seed: int, recipe: str | None) ->
                 if recipe and hasattr(case, "recipe"):
                     changes["recipe"] = RECIPES[recipe]
                 changed[id(case)] = dataclasses.replace(case, **changes)
-            item.callspec.params["case"] = changed[id(case)]  # type: ignore[attr-defined]
+            item.callspec.params["case"] = changed[id(case)]
 
 
 def count(items: Sequence[pytest.Item]) -> dict[str, int]:

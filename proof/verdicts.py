@@ -117,7 +117,7 @@ class Verdicts:
         record.names = sorted({*record.names, *loaded.problems()})
         if self.is_worker:
             told = {"dropped": record.dropped, "selected": record.selected, "names": record.names}
-            session.config.workeroutput[FROM_WORKER] = told  # type: ignore[attr-defined]
+            session.config.workeroutput[FROM_WORKER] = told
             return
         record.unproven = "" if record.listed_only else unproven(record)
         if record.unproven and exitstatus == pytest.ExitCode.OK:

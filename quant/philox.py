@@ -34,8 +34,8 @@ def words(seed: int, stream: int, count: int, start: int = 0, device: torch.devi
     check(seed, stream)
     first, last = start // 4, (start + count + 3) // 4
     block = torch.arange(first, last, dtype=torch.int64, device=device)
-    fixed = [torch.full_like(block, stream >> shift & MASK) for shift in (0, 32)]
-    lanes = philox4x32((block & MASK, block >> 32, *fixed), (seed & MASK, seed >> 32))
+    low, high = (torch.full_like(block, stream >> shift & MASK) for shift in (0, 32))
+    lanes = philox4x32((block & MASK, block >> 32, low, high), (seed & MASK, seed >> 32))
     return torch.stack(lanes, dim=1).reshape(-1)[start - 4 * first :][:count]
 
 

@@ -11,7 +11,7 @@ import json
 import resource
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -61,7 +61,7 @@ def run(case_id: CaseId, as_json: AsJson = False) -> None:
     """Computes one case and prints time, peak memory and the digest of every stage."""
     case = find_case(case_id)
     found, seconds = compute(case)
-    report = {
+    report: dict[str, Any] = {
         "case": case.id,
         "recipe_id": case.recipe.recipe_id,
         "seconds": round(seconds, 2),
@@ -149,7 +149,7 @@ def usual(case_id: CaseId = GATE[0].id, as_json: AsJson = False) -> None:
     )
     ours = torch.cat(found.result.y).cpu()
     differing = int((bits(ours) != bits(theirs)).sum())
-    report = {
+    report: dict[str, Any] = {
         "case": case.id,
         "elements": ours.numel(),
         "differing": differing,
@@ -179,7 +179,7 @@ def error(
     Relative error: root mean square of y - y64 over that of y64, on a sample.
     """
     case = find_case(case_id)
-    report = {"case": case.id, "errors": {}}
+    report: dict[str, Any] = {"case": case.id, "errors": {}}
     for granularity in (64, 128):
         recipe = dataclasses.replace(case.recipe, activation_granularity=granularity)
         found, _ = compute(dataclasses.replace(case, recipe=recipe))

@@ -48,7 +48,7 @@ def environment(**changes: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)), **changes}
 
 
-def start(module: str, *arguments: str, changes: dict[str, str] | None = None, **options: Any) -> subprocess.Popen:
+def start(module: str, *arguments: str, changes: dict[str, str] | None = None, **options: Any) -> subprocess.Popen[Any]:
     """Starts `megaproof.<module>`. changes: of the environment; options: those of subprocess.Popen."""
     return subprocess.Popen(command(module, *arguments), env=environment(**(changes or {})), **options)
 

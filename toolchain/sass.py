@@ -51,7 +51,7 @@ def disassembler() -> tuple[Path, str]:
         raise EnvironmentMissing(f"nvdisasm missing: install {PACKAGE}") from error
     for file in package.files or ():
         if file.name == "nvdisasm":
-            return Path(package.locate_file(file)), package.version
+            return Path(str(package.locate_file(file))), package.version
     raise EnvironmentMissing(f"nvdisasm missing: {PACKAGE} {package.version} does not hold it")
 
 

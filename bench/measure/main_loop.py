@@ -49,10 +49,10 @@ def what(repeats: int) -> str:
 def parse_size(text: str) -> Size:
     """'8192x4096x2048' -> M, N, K. Raises UsageError."""
     match = re.fullmatch(r"(\d{1,9})x(\d{1,9})x(\d{1,9})", text, re.ASCII)
-    size = tuple(map(int, match.groups())) if match else (0,)
-    if any(n <= 0 or n % dense.BLOCK for n in size):
+    m, n, k = map(int, match.groups()) if match else (0, 0, 0)
+    if any(extent <= 0 or extent % dense.BLOCK for extent in (m, n, k)):
         raise UsageError(f"--size {text!r} must be MxNxK, each a positive multiple of {dense.BLOCK}")
-    return size
+    return m, n, k
 
 
 def dense_row(group: int, size: Size, us: float, cublaslt_us: float) -> dict[str, Any]:

@@ -155,7 +155,7 @@ def floor_command(
     rows = [row(what, shape, t, routing, seed) for shape in shapes.values() for t in chosen]
     published = {"name": name, "sms": what.sms, "tb_s": what.tb_s, "fp8_tflops": what.fp8_tflops}
     chip_of_result = {**published, "measured": what.measured}
-    result = {"chip": chip_of_result, "basis": basis, "configuration": CONFIGURATION, "rows": rows}
+    result: dict[str, Any] = {"chip": chip_of_result, "basis": basis, "configuration": CONFIGURATION, "rows": rows}
     result["memory"] = [memory(shape) for shape in shapes.values()]
     if json_path == files.STDOUT:
         print(json.dumps(result, indent=1))

@@ -51,9 +51,10 @@ def lines(rows: Iterable[Row], preset: str) -> tuple[dict[str, Line], dict[str, 
             if value is not None:
                 shares.setdefault(name, []).append((tokens, value))
     # The unfused baseline and the peers may stand in several regimes: one point a T, the first.
-    return tuple(
+    first_times, first_shares = (
         {name: sorted(dict(reversed(line)).items()) for name, line in part.items()} for part in (times, shares)
     )
+    return first_times, first_shares
 
 
 def plot(result: dict[str, Any], path: Path) -> None:

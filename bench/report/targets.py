@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from megaproof.bench import peers
 from megaproof.bench.measure.rows import Row
@@ -94,7 +95,7 @@ STRETCH_US = {"dsv4_flash": 2200, "dsv4_pro": 5300}
 """What is aimed at beyond the targets on an H200, at T = 8192."""
 
 
-def _of_both_routings(text: str, column: str, **limits: float) -> tuple[Target, Target]:
+def _of_both_routings(text: str, column: str, **limits: Any) -> tuple[Target, Target]:
     folded = Target(text, column, **limits)
     return folded, Target(f"distinct routing, {text}", column, **limits, result="distinct")
 

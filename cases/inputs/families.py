@@ -132,14 +132,14 @@ def make_gaussian(case: Case, topk_idx: list[Tensor], device: torch.device) -> D
 
     def weights(e: int) -> ExpertWeights:
         l1, l2 = expert(case, device, "gaussian", -12, e)
-        w1_sf = _one_binade(case, W1_SF, e, tuple(l1.scales.shape), first_exponent(shape.hidden) - 1)
-        w2_sf = _one_binade(case, W2_SF, e, tuple(l2.scales.shape), -12)
+        w1_sf = _one_binade(case, W1_SF, e, l1.scales.shape, first_exponent(shape.hidden) - 1)
+        w2_sf = _one_binade(case, W2_SF, e, l2.scales.shape, -12)
         return ExpertWeights(l1._replace(scales=w1_sf.to(device)), l2._replace(scales=w2_sf.to(device)))
 
     return x, x_sf, [_positive(case, rank).to(device) for rank in range(case.ranks)], weights
 
 
-def _one_binade(case: Case, purpose: int, index: int, grid: tuple[int, int], exponent: int) -> Tensor:
+def _one_binade(case: Case, purpose: int, index: int, grid: tuple[int, ...], exponent: int) -> Tensor:
     """float32 grid in [2^exponent, 2^(exponent + 1)): what a cast of one distribution gives."""
     word = philox.words(case.seed, stream(purpose, index), grid[0] * grid[1])
     return ((1 << 23 | word >> 9).to(torch.float32) * powers(exponent - 23)).reshape(grid)
@@ -167,8 +167,8 @@ def make_heavy_tail(case: Case, topk_idx: list[Tensor], device: torch.device) ->
 
     def weights(e: int) -> ExpertWeights:
         l1, l2 = expert(case, device, "heavy", -9, e)
-        w1_sf = l1.scales * _tail(case, W1_SF, e, tuple(l1.scales.shape), 5).to(device)
-        w2_sf = l2.scales * _tail(case, W2_SF, e, tuple(l2.scales.shape), 5).to(device)
+        w1_sf = l1.scales * _tail(case, W1_SF, e, l1.scales.shape, 5).to(device)
+        w2_sf = l2.scales * _tail(case, W2_SF, e, l2.scales.shape, 5).to(device)
         return ExpertWeights(l1._replace(scales=w1_sf), l2._replace(scales=w2_sf))
 
     topk_weights = []
@@ -178,7 +178,7 @@ def make_heavy_tail(case: Case, topk_idx: list[Tensor], device: torch.device) ->
     return x, x_sf, topk_weights, weights
 
 
-def _tail(case: Case, purpose: int, index: int, grid: tuple[int, int], most: int) -> Tensor:
+def _tail(case: Case, purpose: int, index: int, grid: tuple[int, ...], most: int) -> Tensor:
     """float32 grid: 2^j with probability 2^-(j + 1), j up to `most`. Words after those that `scales` takes."""
     count = grid[0] * grid[1]
     word = philox.words(case.seed, stream(purpose, index), count, start=2 * count) & (1 << most) - 1

@@ -222,7 +222,8 @@ def _signals(plan: Plan, expert: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     sign = 1 - 2 * (sentinel_draw.unsqueeze(1) >> 20 & 1)
     add(sentinel.unsqueeze(1), torch.arange(2), both + 2, both)
     add(size + sentinel.unsqueeze(1), torch.arange(CONSTANTS), 2 * sign, both)
-    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+    first, second, third, fourth = (torch.cat(column) for column in zip(*parts, strict=True))
+    return first, second, third, fourth
 
 
 def _pow2(exponent: Tensor) -> Tensor:

@@ -91,7 +91,7 @@ def library(text: str) -> ctypes.CDLL:
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             made, source_path = Path(scratch) / "emulated.so", Path(scratch) / "emulated.cpp"
             source_path.write_text(text)
-            parts = ["-include", machine / "machine.hpp", source_path, machine / "machine.o"]
+            parts: list[str | Path] = ["-include", machine / "machine.hpp", source_path, machine / "machine.o"]
             _compile([*command, "-shared", "-o", made, *parts], "the kernel")
             made.replace(path)
     found = ctypes.CDLL(str(path))
@@ -113,7 +113,7 @@ def _machine(folder: Path) -> Path:
         for name, text in texts.items():
             (made / name).write_text(text)
         suffix = "gch" if Path(command[0]).name == "g++" else "pch"
-        ahead = ["-x", "c++-header", "-o", made / f"machine.hpp.{suffix}", made / "machine.hpp"]
+        ahead: list[str | Path] = ["-x", "c++-header", "-o", made / f"machine.hpp.{suffix}", made / "machine.hpp"]
         _compile([*command, *KERNEL_FLAGS, *ahead], "the machine")
         _compile([*command, *MACHINE_FLAGS, "-c", "-o", made / "machine.o", made / "machine.cpp"], "the machine")
         with contextlib.suppress(OSError):  # another process was first: what it made is the same

@@ -31,7 +31,7 @@ def resolve(recipe: Any, clamp: Any, fast_math: Any) -> Recipe:
 
 
 @lru_cache(maxsize=64, typed=True)
-def _resolved(recipe: Recipe | tuple, clamp: float | None, fast_math: bool | None) -> Recipe:
+def _resolved(recipe: Recipe | tuple[int, ...], clamp: float | None, fast_math: bool | None) -> Recipe:
     if fast_math is not None and not isinstance(fast_math, bool):
         raise ConfigError(f"fast_math = {fast_math!r} must be a bool, or None")
     try:
@@ -82,10 +82,10 @@ def check_to_transform(l1: Any, l2: Any) -> None:
                 f"{name} scales are {found}; they must be torch.float32 {list(blocks)}, one a block of 128 x 128"
             )
         shapes.append((e, n, k))
-    (e, n, k), found = shapes
-    if found != (e, k, n // 2) or n % (2 * BLOCK_K):
+    (e, n, k), second = shapes
+    if second != (e, k, n // 2) or n % (2 * BLOCK_K):
         raise ConfigError(
-            f"l1 is {[e, n, k]} and l2 {list(found)}; they must be [E_loc, 2I, H] and [E_loc, H, I], "
+            f"l1 is {[e, n, k]} and l2 {list(second)}; they must be [E_loc, 2I, H] and [E_loc, H, I], "
             f"I a multiple of {BLOCK_K}"
         )
 
@@ -94,7 +94,7 @@ def check_outputs(buffer: SymmBuffer, ys: Any, stats: Any) -> None:
     """ys: bfloat16 [T, H] a rank, in memory of their own; stats: int32 [E_loc] or None a rank."""
     size = buffer.size
     for name, y in _by_rank(buffer, "y", ys):
-        tokens = y.shape[0] if isinstance(y, Tensor) and y.dim() else "T"
+        tokens: Any = y.shape[0] if isinstance(y, Tensor) and y.dim() else "T"
         _check_tensor(buffer, name, y, torch.bfloat16, (tokens, size.hidden))
         if y.shape[0] > size.capacity:
             rule = f"the buffer holds num_max_tokens_per_rank = {size.capacity}"
@@ -172,7 +172,7 @@ def _by_rank(buffer: SymmBuffer, argument: str, values: Any) -> Iterator[tuple[s
 
 
 def _check_tensor(
-    buffer: SymmBuffer, name: str, tensor: Any, dtype: torch.dtype, shape: tuple, align: int = ALIGNED
+    buffer: SymmBuffer, name: str, tensor: Any, dtype: torch.dtype, shape: tuple[int, ...], align: int = ALIGNED
 ) -> None:
     if not isinstance(tensor, Tensor):
         raise ConfigError(f"{name} is {_kind(tensor)}; it must be a tensor, {_wanted(dtype, shape)}")
@@ -191,7 +191,7 @@ def _check_tensor(
         raise ConfigError(f"{name} begins at {tensor.data_ptr():#x}; its address must be a multiple of {align}")
 
 
-def _wanted(dtype: torch.dtype, shape: tuple) -> str:
+def _wanted(dtype: torch.dtype, shape: tuple[int, ...]) -> str:
     return f"contiguous {dtype} [{', '.join(map(str, shape))}]"
 
 

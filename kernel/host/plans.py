@@ -76,7 +76,7 @@ def plan_of(
     return plan
 
 
-def _keep(kept: dict, key: tuple, value: Any, most: int) -> None:
+def _keep(kept: dict[Any, Any], key: Any, value: Any, most: int) -> None:
     """Sets it; what was kept first goes first."""
     if key not in kept and len(kept) >= most:
         del kept[next(iter(kept))]
@@ -111,7 +111,7 @@ def _references(tensors: list[Tensor | None]) -> list[Any]:
     return [type(None) if tensor is None else weakref.ref(tensor) for tensor in tensors]
 
 
-def _form(tensor: Tensor | None) -> tuple | None:
+def _form(tensor: Tensor | None) -> tuple[Any, ...] | None:
     """All that is checked of a tensor beside its address, which is of one device."""
     return None if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype)
 
@@ -137,12 +137,12 @@ class LaunchPlan:
             params.set_weights(own, l1, l2)
         self.weights = InOrder([])
         """At this plan's addresses."""
-        self.places: tuple = ()
+        self.places: tuple[Any, ...] = ()
         """What the params hold: the address of each y, those of stats or None, the shape of each y."""
-        self.outputs: dict[tuple, InOrder] = {}
+        self.outputs: dict[tuple[Any, ...], InOrder] = {}
         """y and stats by their places."""
 
-    def patch(self, places: tuple) -> None:
+    def patch(self, places: tuple[Any, ...]) -> None:
         """Writes what is new: mostly another y alone, and each field takes the time of a few lines of Python."""
         ranks = len(self.ranks)
         for own, pointer in zip(self.ranks, places, strict=False):

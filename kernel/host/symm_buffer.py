@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ class SymmBuffer:
         the same kernel, changed, in its place, such as `lambda granularity: moe(granularity).edited(...)`."""
         self.template: Params | None = None
         """Params of every launch on this buffer, but for weights, outputs and recipe; the first launch makes them."""
-        self.plans: dict[tuple, LaunchPlan] = {}
+        self.plans: dict[tuple[Any, ...], LaunchPlan] = {}
         """Launch plans of `fp8_mega_moe`, by recipe and weights; the oldest first."""
         if group is None:
             self.__dict__.update(vars(self._ranks[0]))

@@ -81,7 +81,7 @@ def check_recipe(recipe: Recipe) -> Recipe:
 
 def gemm1(
     recipe: Recipe, pool: Pool, acts: Tensor, acts_sf: Tensor, weight: Tensor, w1: Tensor, w1_sf: Tensor
-) -> tuple:
+) -> tuple[Tensor, Tensor]:
     """Eq. (2) to (5): (l2_acts uint8 [rows, I], l2_acts_sf float32 [I/64, rows]) of every pool row.
 
     acts uint8 [rows, H], acts_sf float32 [H/128, rows], weight float32 [rows]; w1 uint8 [E, 2I, H] in the order of

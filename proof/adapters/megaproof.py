@@ -32,8 +32,8 @@ class MegaproofAdapter:
         self.ring_blocks = ring_blocks
         self.prepared: Prepared | None = None
         self.buffer: Any = None
-        self.weights: list[tuple] = []
-        self._sizes: tuple | None = None
+        self.weights: list[tuple[Any, ...]] = []
+        self._sizes: tuple[Any, ...] | None = None
         self._weights_of: object = None
 
     def claims(self, recipe: Recipe) -> str | None:
@@ -137,7 +137,7 @@ class MegaproofAdapter:
         return api.get_symm_buffer_for_mega_moe(api.VirtualGroup(size.ranks), *sizes, ring_blocks=size.ring)
 
     @staticmethod
-    def _rank_weights(prepared: Prepared, rank: int, local: int) -> tuple:
+    def _rank_weights(prepared: Prepared, rank: int, local: int) -> tuple[Any, ...]:
         experts = map(prepared.inputs.weights, range(rank * local, (rank + 1) * local))
         l1, l2 = (
             (torch.stack([w.codes for w in layer]).view(FP8), torch.stack([w.scales for w in layer]))

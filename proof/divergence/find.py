@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -186,7 +187,7 @@ def _previous(stage: str, previous: Mapping[str, Tensor] | None) -> Tensor | Non
 
 def _decode(
     case: Case, stage: Stage, rows: Rows, ours: Tensor, theirs: Tensor, previous: Tensor | None, fill: int | None
-) -> dict:
+) -> dict[str, Any]:
     """Everything that a Divergence says of a stage that differs."""
     stored, wrong = stage.format(case.recipe), _differs(ours, theirs)
     row, column = (int(i) for i in wrong.nonzero()[0])

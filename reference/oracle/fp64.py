@@ -96,10 +96,10 @@ def fp64_layer(
             l1_rounding=l1_rounding,
         )
         sf_low, sf_high = scale_range(v, granularity, activation_scale)
-        error = v.error + requantisation_error(v, granularity, sf_low, sf_high, activation_scale)
+        total = v.error + requantisation_error(v, granularity, sf_low, sf_high, activation_scale)
         down = look_up(VALUES, w2[columns]), look_up(EXPONENTS, w2[columns]), w2_sf[columns // BLOCK].double()
         for i, pair in enumerate(pairs):
-            row = Bounded(v.value[i], error[i])
+            row = Bounded(v.value[i], total[i])
             slots[pair] = gemm2(row, sf_low[i], sf_high[i], *down, kind=activation_scale)
     return combine(topk_idx, topk_weights, slots, columns.numel(), fold_late)
 

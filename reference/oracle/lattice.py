@@ -109,8 +109,9 @@ def lattice_y(
         active = [slots[pair] for pair in sorted(slots) if pair[0] == row]
         if active:
             terms = np.stack([slot.n for slot in active], axis=-1)
+            exponents = np.array([slot.e for slot in active], dtype=np.int64)
             what = f"combine of token {int(tokens[row])}"
-            y[row] = bf16_bits(round_bf16(running_sum(align(terms, [slot.e for slot in active], what), what)))
+            y[row] = bf16_bits(round_bf16(running_sum(align(terms, exponents, what), what)))
     return torch.from_numpy(y)
 
 
