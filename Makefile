@@ -23,6 +23,14 @@ with_mypy = found=$$("$$python" -m mypy --version 2>/dev/null || echo "no mypy")
 	if [[ $$found != "mypy $(mypy_pin) "* ]]; then \
 		echo "types skipped: $$python has $$found, and mypy $(mypy_pin) is needed"; \
 	else ( set -x; "$$python" -m megaproof.tests.support.typecheck ); fi
+# Its package has no __main__, and its command need not be on the PATH.
+clang_format = "$$python" -c "from clang_format import clang_format; clang_format()"
+clang_format_pin = $(shell sed -n 's/^clang-format==//p' constraints.txt)
+with_clang_format = found=$$($(clang_format) --version 2>/dev/null || echo "no clang-format"); \
+	if [[ $$found != "clang-format version $(clang_format_pin)"* ]]; then \
+		echo "form of the CUDA sources skipped: $$python has $$found, and clang-format $(clang_format_pin) is needed"; \
+	else ( set -x; $(clang_format) $(1) $(cuda_sources) ); fi
+cuda_sources = $(sort $(shell find kernel quant -name '*.cu' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.hpp'))
 check = "$$python" -m ruff format --check . && "$$python" -m ruff check .
 fix = "$$python" -m ruff check --fix . && "$$python" -m ruff format .
 
@@ -33,17 +41,18 @@ gate:  ## the gate: every dsv4_flash case at 8 ranks
 	@$(with_python); set -x; "$$python" -m pytest -k dsv4_flash --ranks 8 $(PYTEST_ARGS)
 
 test:  ## formatting, lint, types and the whole suite, on two workers where pytest-xdist is installed
-	@$(with_python); $(call with_ruff,$(check)); $(with_mypy); workers=$$("$$python" -c 'import xdist' 2>/dev/null && echo "-n 2" || true); \
+	@$(with_python); $(call with_ruff,$(check)); $(call with_clang_format,--dry-run -Werror); \
+	$(with_mypy); workers=$$("$$python" -c 'import xdist' 2>/dev/null && echo "-n 2" || true); \
 	set -x; "$$python" -m pytest $$workers $(PYTEST_ARGS)
 
 clock:  ## the tests that real time could decide, 100 times on a machine that is kept busy
 	@$(with_python); set -x; "$$python" -m megaproof.tests.support.busy --times 100 --burn 4
 
 lint:  ## formatting, lint and types, checked only
-	@$(with_python); $(call with_ruff,$(check)); $(with_mypy)
+	@$(with_python); $(call with_ruff,$(check)); $(call with_clang_format,--dry-run -Werror); $(with_mypy)
 
 format:  ## formatting and lint, put right
-	@$(with_python); $(call with_ruff,$(fix))
+	@$(with_python); $(call with_ruff,$(fix)); $(call with_clang_format,-i)
 
 setup:  ## only find or set up the interpreter, and print it
 	@$(with_python); echo "$$python"

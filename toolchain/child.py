@@ -72,7 +72,7 @@ class Template:
         environ = environment(OPENBLAS_NUM_THREADS="1")
         with its, tempfile.TemporaryFile("w+") as printed:
             words = command("toolchain.template", str(its.fileno()), prepare)
-            streams = {"stdin": subprocess.DEVNULL, "stdout": printed, "stderr": printed}
+            streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": printed, "stderr": printed}
             # Its own session: an interrupt of the terminal reaches the caller alone.
             self._process = subprocess.Popen(
                 words, env=environ, pass_fds=[its.fileno()], start_new_session=True, **streams

@@ -86,7 +86,8 @@ class Server:
         if pid == 0:
             channel.close()
             self._forget()
-            _be(template, *descriptors, self.paths)
+            request_file, output, errors = descriptors
+            _be(template, request_file, output, errors, self.paths)
         for descriptor in descriptors:
             os.close(descriptor)
         child = _Child(pid, channel, _pidfd(int.from_bytes(request, "little")))
@@ -178,8 +179,8 @@ def _be(template: int, request: int, output: int, errors: int, paths: list[str])
         for number, file in ((1, output), (2, errors)):
             os.dup2(file, number)
             os.close(file)
-        sys.stdout = sys.__stdout__ = _text(1)
-        sys.stderr = sys.__stderr__ = _text(2)
+        sys.stdout = sys.__stdout__ = _text(1)  # type: ignore[misc]
+        sys.stderr = sys.__stderr__ = _text(2)  # type: ignore[misc]
         os.environ.clear()
         os.environ.update(said["environment"])
         os.chdir(said["folder"])

@@ -265,7 +265,7 @@ MACHINE bool drains(bool early) {
 
 // Runs a grid to its end. Returns what went wrong, or "". *gave_up is not 0 once a role has given up.
 MACHINE std::string run(Kernel entry, const void* params, uint32_t grid, uint32_t threads, uint32_t shared,
-                       uint32_t registers, uint32_t seed, uint64_t most_steps, const uint32_t* gave_up, bool early) {
+                        uint32_t registers, uint32_t seed, uint64_t most_steps, const uint32_t* gave_up, bool early) {
     Machine own;
     const FaultHandler handler;
     machine = &own;

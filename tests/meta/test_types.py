@@ -56,10 +56,13 @@ def test_the_rows_are_laid_out_as_a_wheel_has_them(tmp_path: Path) -> None:
     assert (package / "moved.py").samefile(ROOT / "megaproof" / "moved.py")
 
 
-def test_make_asks_mypy_as_it_asks_ruff() -> None:
+def test_make_asks_mypy_and_clang_format_as_it_asks_ruff() -> None:
     makefile = (ROOT / "Makefile").read_text()
     for target in ("test", "lint"):
         found = re.search(rf"^{target}:.*\n((?:\t.*\n)+)", makefile, re.MULTILINE)
         assert found
         assert "$(with_mypy)" in found[1], target
-    assert "mypy==" in (ROOT / "constraints.txt").read_text()
+        assert "$(call with_clang_format,--dry-run -Werror)" in found[1], target
+    pins = (ROOT / "constraints.txt").read_text()
+    assert "\nmypy==" in pins
+    assert "\nclang-format==" in pins
