@@ -3,6 +3,8 @@
 1. `transform_weights_for_mega_moe_sm90` brings the weights into the order in which the kernel reads them, once.
 2. `get_symm_buffer_for_mega_moe` makes the buffer that holds the inputs, once for all layers of one shape.
 3. `fp8_mega_moe` computes the layer of `reference/equations.md` in one launch of `moe_sm90.cu`.
+
+Each serves what it is given, or raises an ArgumentError: one line that names argument, value and rule.
 """
 
 from __future__ import annotations
@@ -12,41 +14,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megaproof.kernel.host import checks, plans
+from megaproof.kernel.host import plans, values
 from megaproof.kernel.host.buffer import BufferSize, RankViews
 from megaproof.kernel.host.groups import VirtualGroup, local_group
 from megaproof.kernel.host.sizes import ConfigError
 from megaproof.kernel.host.symm_buffer import SymmBuffer
 from megaproof.kernel.host.timeout import KernelTimeout
-from megaproof.kernel.host.weights import tiled, w1_rows, w2_rows
+from megaproof.kernel.host.transformed import TransformedWeights, transform
 from megaproof.quant.recipe import Recipe, RecipeError
-from megaproof.toolchain.errors import EnvironmentMissing
+from megaproof.toolchain.errors import ArgumentError, EnvironmentMissing, shown
 from megaproof.toolchain.launch import require_device
 
-__all__ = [
-    "TIMEOUT_S",
-    "ConfigError",
-    "EnvironmentMissing",
-    "KernelTimeout",
-    "RankViews",
-    "Recipe",
-    "RecipeError",
-    "SymmBuffer",
-    "VirtualGroup",
-    "fp8_mega_moe",
-    "get_symm_buffer_for_mega_moe",
-    "transform_weights_for_mega_moe_sm90",
-]
+__all__ = ["fp8_mega_moe", "get_symm_buffer_for_mega_moe", "transform_weights_for_mega_moe_sm90"]
+__all__ += ["TIMEOUT_S", "RankViews", "Recipe", "SymmBuffer", "TransformedWeights", "VirtualGroup"]
+__all__ += ["ArgumentError", "ConfigError", "EnvironmentMissing", "KernelTimeout", "RecipeError"]
 TIMEOUT_S = 10.0
 """Seconds that a role of the kernel waits before it gives up; read at every call."""
 
 
-# --- before the first launch ------------------------------------------------------------------------------------------
-
-
 def transform_weights_for_mega_moe_sm90(
     l1: tuple[Tensor, Tensor], l2: tuple[Tensor, Tensor]
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+) -> tuple[TransformedWeights, TransformedWeights]:
     """Brings the weights of a rank's experts into the order in which the kernel reads them.
 
     Gate and up rows of W1 are interleaved in groups of 8; then the bytes of both matrices are laid out in swizzled
@@ -58,16 +46,14 @@ def transform_weights_for_mega_moe_sm90(
         l2: (float8_e4m3fn [E_loc, H, I], float32 scales [E_loc, H/128, I/128]).
 
     Returns:
-        (l1, l2) of the same shapes and dtypes: the weights are copies, the scales are the tensors that were passed.
+        (l1, l2), tuples (codes, scales) of the same shapes and dtypes that say their order. Codes are copies; scales
+        are the tensors that were passed, or a copy where those are not contiguous.
 
     Raises:
-        ConfigError: naming the argument, what it is and what it must be.
+        ConfigError: naming the argument, what it is and what it must be. Weights that say that they are transformed are
+            refused; those of a plain tuple are taken to be as above.
     """
-    checks.check_to_transform(l1, l2)
-    (w1, w1_sf), (w2, w2_sf) = l1, l2
-    (_, n1, _), (_, n2, _) = w1.shape, w2.shape
-    w1 = tiled(w1.view(torch.uint8), w1_rows(n1)).view(w1.dtype)
-    return (w1, w1_sf), (tiled(w2.view(torch.uint8), w2_rows(n2)).view(w2.dtype), w2_sf)
+    return transform(l1, l2)
 
 
 def get_symm_buffer_for_mega_moe(
@@ -99,43 +85,40 @@ def get_symm_buffer_for_mega_moe(
         mma_type: "fp8xfp8".
         activation: "swiglu".
         ring_blocks: pool blocks, of 128 rows each, that activations have memory for, at least 48; None: 96. No bit of y
-            depends on it. A ring that holds all blocks keeps every row, so that l1_acts, l2_acts and their scales can
-            be read back.
+            depends on it. A ring that holds all blocks keeps every row of l1_acts and l2_acts to be read back.
 
     Returns:
-        The buffer, until `.destroy()`. Calls with it have to be in order on the GPU: one stream, or events.
+        The buffer, until `.destroy()`. There is one of it: it can't be copied, and its views are written, not replaced.
 
     Raises:
         ConfigError: naming the argument, its value and the rule that it breaks.
         EnvironmentMissing: there is no SM90 GPU, or its driver is too old.
     """
-    if use_fp8_dispatch not in (None, True):
-        raise ConfigError(f"use_fp8_dispatch = {use_fp8_dispatch!r}: tokens travel as FP8 (None or True)")
-    checks.check_choice("mma_type", mma_type, "fp8xfp8")
-    checks.check_choice("activation", activation, "swiglu")
-    group = local_group(group)
-    sizes = {
-        "num_experts": num_experts,
-        "num_topk": num_topk,
-        "hidden": hidden,
-        "intermediate_hidden": intermediate_hidden,
-        "num_max_tokens_per_rank": num_max_tokens_per_rank,
-    }
-    checks.check_ints(sizes, ring_blocks)
-    size = BufferSize(1 if group is None else group.size, *sizes.values(), ring=ring_blocks)
-    return SymmBuffer(group, size, torch.device("cuda", require_device().index))
-
-
-# --- the layer --------------------------------------------------------------------------------------------------------
+    values.choice("use_fp8_dispatch", use_fp8_dispatch, None, True)
+    values.choice("mma_type", mma_type, "fp8xfp8")
+    values.choice("activation", activation, "swiglu")
+    ranks = 1 if (group := local_group(group)) is None else group.size
+    size = BufferSize(
+        ranks,
+        experts=values.integer("num_experts", num_experts),
+        topk=values.integer("num_topk", num_topk),
+        hidden=values.integer("hidden", hidden),
+        intermediate=values.integer("intermediate_hidden", intermediate_hidden),
+        capacity=values.integer("num_max_tokens_per_rank", num_max_tokens_per_rank),
+        ring=None if ring_blocks is None else values.integer("ring_blocks", ring_blocks),
+    )
+    device = require_device()
+    size.check_fits(device.memory)
+    return SymmBuffer(group, size, torch.device("cuda", device.index))
 
 
 def fp8_mega_moe(
     y: Tensor | list[Tensor],
-    l1_weights: Any,
-    l2_weights: Any,
+    l1_weights: TransformedWeights | list[TransformedWeights],
+    l2_weights: TransformedWeights | list[TransformedWeights],
     sym_buffer: SymmBuffer,
     cumulative_local_expert_recv_stats: Tensor | list[Tensor | None] | None = None,
-    recipe: tuple[int, int, int] | Recipe = (128, 128, 128),
+    recipe: tuple[int, int, int] | Recipe = values.BLOCKS,
     activation: str = "swiglu",
     activation_clamp: float | None = None,
     fast_math: bool | None = None,
@@ -143,20 +126,23 @@ def fp8_mega_moe(
 ) -> None:
     """Computes the layer in one launch on the current stream, and returns at once.
 
-    A CUDA graph can capture the call, after a first one. Inputs and weights are never written. Shapes, dtypes, devices
-    and recipe are checked at every call; what passed before is not checked again.
+    A CUDA graph can capture the call, after a first one. Inputs and weights are never written, no gradient is recorded.
+    Threads may share a buffer. Launches on one buffer run one after the other, on whatever streams; replays of a graph
+    alone are put in order by the caller. Types, shapes, dtypes, devices and recipe are checked at every call; what
+    passed before is not checked again.
 
     Args:
         y: bfloat16 [T, H], written; T, at most the buffer's capacity, is how many tokens of the inputs are read.
-        l1_weights: (float8_e4m3fn [E_loc, 2I, H], float32 [E_loc, 2I/128, H/128]), transformed, of the rank's experts.
-        l2_weights: (float8_e4m3fn [E_loc, H, I], float32 [E_loc, H/128, I/128]), transformed.
+        l1_weights: (float8_e4m3fn [E_loc, 2I, H], float32 [E_loc, 2I/128, H/128]) of the rank's experts, as
+            `transform_weights_for_mega_moe_sm90` returned it; `TransformedWeights.adopt` of the two, if restored.
+        l2_weights: (float8_e4m3fn [E_loc, H, I], float32 [E_loc, H/128, I/128]), likewise.
         sym_buffer: of `get_symm_buffer_for_mega_moe`, whose views hold the inputs. With a VirtualGroup y, weights and
             statistics are lists, one entry a rank.
         cumulative_local_expert_recv_stats: int32 [E_loc]; the rows that each expert received are added. None: not kept.
         recipe: the tuple, with activation_clamp and fast_math; or a Recipe, of granularity 64 or 128, with which the
             two are left out or agree.
         activation: "swiglu".
-        activation_clamp: of gate and up, >= 0; None: no clamp.
+        activation_clamp: of gate and up, a number >= 0, 0 too; None: no clamp.
         fast_math: silu by approximate reciprocal and exponential; None: True.
         check: reads the inputs' indices back and refuses values outside [-1, E); this waits for the stream, so it is
             not possible while a graph is captured. Without it such a slot counts as empty.
@@ -168,13 +154,14 @@ def fp8_mega_moe(
 
     A role that waits in vain for longer than TIMEOUT_S leaves the launch; `sym_buffer.check()` raises KernelTimeout.
     """
-    checks.check_choice("activation", activation, "swiglu")
-    chosen = checks.resolve(recipe, activation_clamp, fast_math)
+    values.choice("activation", activation, "swiglu")
+    chosen = values.resolve(recipe, activation_clamp, fast_math)
+    check, timeout_ns = values.flag("check", check), values.nanoseconds(TIMEOUT_S)
     if not isinstance(sym_buffer, SymmBuffer):
-        raise ConfigError(f"sym_buffer = {sym_buffer!r} must come from get_symm_buffer_for_mega_moe")
-    sym_buffer.require()
+        raise ConfigError(f"sym_buffer = {shown(sym_buffer)} must come from get_symm_buffer_for_mega_moe")
     ys, l1s, l2s, stats = y, l1_weights, l2_weights, cumulative_local_expert_recv_stats
     if sym_buffer.group is None:
         ys, l1s, l2s, stats = (ys,), (l1s,), (l2s,), None if stats is None else (stats,)
-    plan = plans.plan_of(sym_buffer, chosen, l1s, l2s, ys, stats, check)
-    plan.launch(sym_buffer.program, TIMEOUT_S)
+    with sym_buffer.lock:
+        sym_buffer.require()
+        plans.plan_of(sym_buffer, chosen, l1s, l2s, ys, stats, check).launch(sym_buffer, timeout_ns)

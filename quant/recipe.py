@@ -13,8 +13,10 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from megaproof.toolchain.errors import ArgumentError
 
-class RecipeError(ValueError):
+
+class RecipeError(ArgumentError):
     """A recipe, shape or field value that is unknown, illegal or not built yet; names field, value and rule."""
 
 

@@ -10,13 +10,10 @@ from torch import Tensor
 
 from megaproof.quant.recipe import Recipe
 from megaproof.reference.operands import FORMATS, ExpertWeights, Weights
+from megaproof.toolchain.errors import ArgumentError
 
 BLOCK = 128
 """Columns of a token, and rows and columns of a weight block, that share one input scale."""
-
-
-class ArgumentError(ValueError):
-    """An argument of the layer that breaks a rule."""
 
 
 @dataclass(frozen=True)

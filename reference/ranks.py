@@ -20,7 +20,7 @@ from torch import Tensor
 from megaproof.quant.recipe import Recipe
 from megaproof.quant.twin import arith as compiled_arith
 from megaproof.reference import dispatch, layout
-from megaproof.reference.arguments import BLOCK, ArgumentError, Dimensions, check, check_source
+from megaproof.reference.arguments import BLOCK, Dimensions, check, check_source
 from megaproof.reference.combine import combine
 from megaproof.reference.dispatch import Routes
 from megaproof.reference.exchange import Exchange, ExchangeError, lockstep, pack, unpack
@@ -28,6 +28,7 @@ from megaproof.reference.layer import LayerResult, through_experts
 from megaproof.reference.operands import Weights
 from megaproof.reference.stages import POOL_STAGES, STAGES
 from megaproof.reference.stats import accumulate
+from megaproof.toolchain.errors import ArgumentError
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,37 @@
-"""What goes wrong between a source and its launch, in one sentence each."""
+"""What goes wrong, in one sentence each: an argument that is refused, and all between a source and its launch."""
 
 from __future__ import annotations
+
+import reprlib
+from numbers import Number
+from typing import Any
+
+
+class _Short(reprlib.Repr):
+    """Numbers, text and what holds them, shortened; of anything else the type alone.
+
+    The `repr` of a tensor waits for its device, and crashes where its memory was let go of.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring, self.maxlong = 80, 40
+
+    def repr_instance(self, x: Any, level: int) -> str:
+        return repr(x) if x is None or isinstance(x, Number) else f"a {type(x).__name__}"
+
+
+def shown(value: Any) -> str:
+    """A value as an error shows it: one short line of printable characters."""
+    try:
+        text = _Short().repr(value)
+    except Exception:  # an int of more than 4300 digits
+        text = f"a {type(value).__name__}"
+    return "".join(letter if letter.isprintable() else " " for letter in text)
+
+
+class ArgumentError(ValueError):
+    """An argument that is refused: one line that names the argument, its value and the rule."""
 
 
 class EnvironmentMissing(RuntimeError):

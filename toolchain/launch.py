@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import re
+import sys
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any
@@ -27,13 +28,14 @@ _ONE_POINTER = ctypes.c_void_p * 1
 
 @dataclass(frozen=True)
 class Device:
-    """The chip at hand: torch's index, name, short chip name ('H200'), SM count, driver version."""
+    """The chip at hand: torch's index, name, short chip name ('H200'), SM count, driver version, bytes of memory."""
 
     index: int
     name: str
     chip: str
     sms: int
     driver: str
+    memory: int = sys.maxsize
 
 
 def chip_name(device_name: str) -> str:
@@ -81,10 +83,9 @@ def _device(index: int) -> Device:
             f"device {index} is a {found}; the kernels are built for Hopper alone (H100, H200, H20: SM90)"
         )
     torch.cuda.init()
-    torch.zeros(1, device=f"cuda:{index}")  # makes the primary context
-    return Device(
-        index, properties.name, chip_name(properties.name), properties.multi_processor_count, driver_version()
-    )
+    torch.zeros(1, dtype=torch.uint8, device=f"cuda:{index}")  # makes the primary context
+    name, sms, memory = properties.name, properties.multi_processor_count, properties.total_memory
+    return Device(index, name, chip_name(name), sms, driver_version(), memory)
 
 
 class Library:
@@ -122,18 +123,19 @@ class Kernel:
         shared: int = 0,
         cooperative: bool = False,
         device: int | None = None,
+        stream: int | None = None,
     ) -> None:
         """Launches on torch's current stream and returns at once.
 
         params: the one argument, copied by the driver during the call. grid, block: along x. shared: dynamic bytes.
-        cooperative: every block resident at once, or the launch fails. device: the current one, where the caller knows
-        it. Raises LaunchError.
+        cooperative: every block resident at once, or the launch fails. device, stream: the current ones, where the
+        caller knows them. Raises LaunchError.
         """
         if device is None:
             device = torch.cuda.current_device()
         if shared > self._shared.get(device, STATIC_SHARED_LIMIT):
             self._allow_shared(device, shared)
-        config = _launch_config(grid, block, shared, cooperative, _raw_stream(device))
+        config = _launch_config(grid, block, shared, cooperative, current_stream(device) if stream is None else stream)
         pointers = _ONE_POINTER(ctypes.addressof(params))  # kernelParams: void*[1]
         launch = _driver().cuLaunchKernelEx
         result = launch(config, self._function, ctypes.addressof(pointers), 0)
@@ -173,8 +175,32 @@ def _public_raw_stream(device: int) -> int:
     return torch.cuda.current_stream(device).cuda_stream
 
 
-_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", _public_raw_stream)
+current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", _public_raw_stream)
 """The handle of torch's current stream of a device; the private function makes no Stream object."""
+
+
+def capture_of(stream: int, device: int) -> int:
+    """The number of the CUDA graph capture that a stream is in, never used twice; 0 where it runs what it is given."""
+    driver = _driver()
+    _use_context(device)
+    code, status, number, *_ = driver.cuStreamGetCaptureInfo(driver.CUstream(stream))
+    _check((code,), "cuStreamGetCaptureInfo")
+    return int(number) if status == driver.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_ACTIVE else 0
+
+
+def wait_for(stream: int, before: int, device: int) -> None:
+    """What a stream is given from now on begins after all that another one was given so far; the host waits for none.
+
+    Both run what they are given, or both are in one capture: then it is an edge of the graph. Raises LaunchError.
+    """
+    driver = _driver()
+    _use_context(device)
+    event = _check(driver.cuEventCreate(int(driver.CUevent_flags.CU_EVENT_DISABLE_TIMING)), "cuEventCreate")
+    try:
+        _check(driver.cuEventRecord(event, driver.CUstream(before)), "cuEventRecord")
+        _check(driver.cuStreamWaitEvent(driver.CUstream(stream), event, 0), "cuStreamWaitEvent")
+    finally:
+        driver.cuEventDestroy(event)  # its record and the wait for it stay
 
 
 def _use_context(device: int) -> None:

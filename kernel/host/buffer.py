@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from megaproof.kernel.host.memory import kind
 from megaproof.kernel.host.sizes import (
     BLOCK_K,
     BLOCK_M,
@@ -53,8 +54,8 @@ class BufferSize:
 
     def __post_init__(self) -> None:
         for name, value in (("hidden", self.hidden), ("intermediate_hidden", self.intermediate)):
-            if value <= 0 or value % 128:
-                raise ConfigError(f"{name} = {value} must be a positive multiple of 128")
+            if not 0 < value < 1 << 31 or value % 128:
+                raise ConfigError(f"{name} = {value} must be a positive multiple of 128, below 2^31")
         if not 1 <= self.ranks <= MAX_RANKS:
             raise ConfigError(f"ranks = {self.ranks} must be in [1, {MAX_RANKS}]")
         if not 0 < self.experts <= MAX_EXPERTS or self.experts % self.ranks:
@@ -69,6 +70,13 @@ class BufferSize:
         if self.ring is not None and self.ring < min(2 * WAVE_BLOCKS, self.pool_blocks):
             least = min(2 * WAVE_BLOCKS, self.pool_blocks)
             raise ConfigError(f"ring_blocks = {self.ring} must be at least {least}")
+
+    def check_fits(self, memory: int) -> None:
+        """Raises ConfigError where a device with so many bytes can't hold the buffer of all ranks."""
+        total = self.ranks * self.offsets()[1]
+        if total > memory:
+            rule = f"the device has {memory}; they must fit"
+            raise ConfigError(f"num_max_tokens_per_rank = {self.capacity}: a buffer of {total} bytes, and {rule}")
 
     @property
     def experts_local(self) -> int:
@@ -145,7 +153,40 @@ def names_of(region: Region) -> tuple[str, ...]:
     return tuple(field.name for field in FIELDS if field.region == region)
 
 
-class RankViews:
+VIEWS = frozenset({"storage", *(field.name for field in FIELDS)})
+MADE_FOR = frozenset({"group", "size", "device", "bytes_per_rank"})
+"""Attributes that say what a buffer is."""
+
+
+class Fixed:
+    """An object whose views are written to and never exchanged, and of which there is one."""
+
+    called: ClassVar[str]
+    """What errors call it."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Raises ConfigError for a view, which the kernel would not see, and for what the memory was made for."""
+        if name in VIEWS and value is not self.__dict__.get(name, self):  # `views.x_sf *= 2` sets what it is already
+            raise ConfigError(
+                f"{self.called}.{name} = {kind(value)}: a view can't be exchanged, the kernel would not see it; "
+                f"{self.called}.{name}[:] = ... must be used, which writes"
+            )
+        if name in MADE_FOR and name in self.__dict__:
+            raise ConfigError(f"{self.called}.{name} must stay as it was made; make another buffer")
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        raise ConfigError(f"{self.called}.{name} can't be deleted; sym_buffer.destroy() frees the memory")
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """`copy`, `deepcopy` and `pickle` come here. Raises ConfigError."""
+        raise ConfigError(
+            f"{self.called} can't be copied or pickled: launches go to its own memory; get_symm_buffer_for_mega_moe "
+            "must make another one"
+        )
+
+
+class RankViews(Fixed):
     """Views of one rank's part of the symmetric buffer, one a field of FIELDS, under its name.
 
     A caller writes x, x_sf, topk_idx and topk_weights; README says what each holds. Of the others, which a launch
@@ -154,16 +195,18 @@ class RankViews:
     a launch of granularity 128 its first I/128 columns are valid.
     """
 
+    called = "sym_buffer.rank(r)"
     storage: Tensor
     """uint8 [bytes of a rank]: all of it."""
 
     def __init__(self, size: BufferSize, storage: Tensor) -> None:
-        self.storage = storage
         offsets, _ = size.offsets()
+        views = {"storage": storage}
         for field in FIELDS:
             start = offsets[field.name]
             view = storage[start : start + field.bytes(size)].view(field.dtype).view(field.shape(size))
-            setattr(self, field.name, view.t() if field.transposed else view)
+            views[field.name] = view.t() if field.transposed else view
+        self.__dict__.update(views)
 
     if TYPE_CHECKING:
 

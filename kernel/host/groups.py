@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from megaproof.kernel.host.sizes import MAX_RANKS, ConfigError
+from megaproof.kernel.host.values import integer
+from megaproof.toolchain.errors import shown
 
 
 @dataclass(frozen=True)
@@ -24,8 +26,10 @@ class VirtualGroup:
     size: int
 
     def __post_init__(self) -> None:
-        if type(self.size) is not int or not 1 <= self.size <= MAX_RANKS:
-            raise ConfigError(f"group: VirtualGroup size = {self.size!r} must be an int in [1, {MAX_RANKS}]")
+        size = integer("group: VirtualGroup size", self.size)
+        if not 1 <= size <= MAX_RANKS:
+            raise ConfigError(f"group: VirtualGroup size = {size} must be an int in [1, {MAX_RANKS}]")
+        object.__setattr__(self, "size", size)
 
 
 def local_group(group: Any) -> VirtualGroup | None:
@@ -33,7 +37,7 @@ def local_group(group: Any) -> VirtualGroup | None:
     if group is None or isinstance(group, VirtualGroup):
         return group
     if not torch.distributed.is_available() or not isinstance(group, torch.distributed.ProcessGroup):
-        raise ConfigError(f"group = {group!r} must be None, a VirtualGroup or a torch.distributed ProcessGroup")
+        raise ConfigError(f"group = {shown(group)} must be None, a VirtualGroup or a torch.distributed ProcessGroup")
     if group.size() != 1:
         raise ConfigError(
             f"group = a ProcessGroup of {group.size()} ranks; it must have 1: ranks as processes over NVLink are not "

@@ -8,10 +8,9 @@ are others, and launches.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 from itertools import chain
 from operator import call, is_
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,11 +19,9 @@ from megaproof.kernel.host import checks, params
 from megaproof.kernel.host.params import Params
 from megaproof.kernel.host.sizes import THREADS, ConfigError, shared_bytes
 from megaproof.kernel.host.symm_buffer import SymmBuffer
+from megaproof.kernel.host.transformed import ORDERS
 from megaproof.quant.recipe import Recipe
 from megaproof.toolchain.launch import require_device, tensor_map
-
-if TYPE_CHECKING:
-    from megaproof.toolchain.program import Program
 
 MAX_PLANS = 256
 """Launch plans that a buffer keeps: more than a model has layers, of 3 KB each."""
@@ -44,15 +41,17 @@ def plan_of(
     try:
         weights = [*chain(*l1s, *l2s)]
         outputs = [*ys] if stats is None else [*ys, *stats]
+        if not _trusted(buffer, l1s, l2s, ys):
+            raise TypeError
         key = (recipe.silu, recipe.clamp, recipe.activation_granularity, *map(Tensor.data_ptr, weights))
         places = (
             *map(Tensor.data_ptr, ys),
             None if stats is None else (*[None if out is None else out.data_ptr() for out in stats],),
             *[out.shape for out in ys],
         )
-    except (AttributeError, TypeError):  # no tensors, or no pairs
+    except Exception:  # no tensors, no pairs, no memory: whatever it is, the checks find its name
         checks.check_weights(buffer, l1s, l2s)
-        checks.check_outputs(buffer, ys, counts)
+        checks.check_outputs(buffer, l1s, l2s, ys, counts)
         raise
     plan = buffer.plans.get(key)
     known = plan is not None and plan.weights.covers(weights)
@@ -61,7 +60,7 @@ def plan_of(
     if not known:
         checks.check_weights(buffer, l1s, l2s)
     if not in_order:
-        checks.check_outputs(buffer, ys, counts)
+        checks.check_outputs(buffer, l1s, l2s, ys, counts)
     if check:
         checks.check_indices(buffer, [y.shape[0] for y in ys])
     if plan is None:
@@ -74,6 +73,17 @@ def plan_of(
     if plan.places != places:
         plan.patch(places)
     return plan
+
+
+def _trusted(buffer: SymmBuffer, l1s: Any, l2s: Any, ys: Any) -> bool:
+    """Whether what no address and no form of a tensor says is as the checks want it."""
+    for l1, l2, y in zip(l1s, l2s, ys, strict=False):  # of other lengths nothing is in order
+        if type(l1) not in OF_L1 or type(l2) not in OF_L2 or y.requires_grad:
+            return False
+    return buffer.group is None or (type(l1s) in _LISTS and type(l2s) in _LISTS and type(ys) in _LISTS)
+
+
+_LISTS, OF_L1, OF_L2 = {tuple, list}, ORDERS["l1"], ORDERS["l2"]
 
 
 def _keep(kept: dict[Any, Any], key: Any, value: Any, most: int) -> None:
@@ -113,7 +123,7 @@ def _references(tensors: list[Tensor | None]) -> list[Any]:
 
 def _form(tensor: Tensor | None) -> tuple[Any, ...] | None:
     """All that is checked of a tensor beside its address, which is of one device."""
-    return None if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype)
+    return None if tensor is None else (type(tensor), tensor.shape, tensor.stride(), tensor.dtype, tensor.is_neg())
 
 
 class LaunchPlan:
@@ -153,17 +163,18 @@ class LaunchPlan:
                 own.outputs.stats_ptr, own.num_tokens = counts, shape[0]
         self.places = places
 
-    def launch(self, program: Callable[[int], Program], timeout_s: float) -> None:
-        """Launches on the current stream. program: that of a granularity; timeout_s: of each wait.
+    def launch(self, buffer: SymmBuffer, timeout_ns: int) -> None:
+        """Launches on the current stream, behind the last launch on this buffer. timeout_ns: of each wait.
 
         Raises ConfigError where the buffer is not on the current device.
         """
         if (device := torch.cuda.current_device()) != self.device:
             current = f"cuda:{device}"
             raise ConfigError(f"sym_buffer is on cuda:{self.device}; it must be on the current device, {current}")
-        self.params.barrier.timeout_ns = int(timeout_s * 1e9)
-        kernel = program(self.granularity).library().kernel(self.entry)
-        kernel(self.params, self.grid, THREADS, self.shared, cooperative=True, device=device)
+        self.params.barrier.timeout_ns = timeout_ns
+        kernel = buffer.program(self.granularity).library().kernel(self.entry)
+        stream = buffer.order.enter(device)
+        kernel(self.params, self.grid, THREADS, self.shared, cooperative=True, device=device, stream=stream)
 
 
 def template(buffer: SymmBuffer) -> Params:

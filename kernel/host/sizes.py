@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megaproof.quant.recipe import Recipe, RecipeError
+from megaproof.toolchain.errors import ArgumentError
 
 BLOCK_M, BLOCK_N, BLOCK_K, NUM_STAGES = 128, 256, 128, 4
 """The tile of a thread block and the stages of its pipeline, gemm.cuh. One tile serves every shape."""
@@ -57,8 +58,8 @@ DEFINES = GEMM_DEFINES | {
 """The macros of the fused kernel, whatever its granularity. The sources take these numbers from here alone."""
 
 
-class ConfigError(ValueError):
-    """An argument that the kernel cannot take; names argument, value and rule."""
+class ConfigError(ArgumentError):
+    """An argument that the kernel cannot take: one line that names the argument, its value and the rule."""
 
 
 def aligned(size: int, to: int = ALIGNMENT) -> int:

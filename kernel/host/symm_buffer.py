@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from megaproof.kernel.host.buffer import BufferSize, RankViews, names_of
+from megaproof.kernel.host.buffer import BufferSize, Fixed, RankViews, names_of
 from megaproof.kernel.host.groups import VirtualGroup
+from megaproof.kernel.host.memory import check_real
 from megaproof.kernel.host.sizes import ConfigError
+from megaproof.kernel.host.streams import StreamOrder
 from megaproof.kernel.host.timeout import STATUS_WORDS, KernelTimeout, waited
+from megaproof.kernel.host.values import integer
 from megaproof.kernel.programs.moe import moe
 
 if TYPE_CHECKING:
@@ -21,19 +25,27 @@ if TYPE_CHECKING:
     from megaproof.toolchain.program import Program
 
 
-class SymmBuffer:
+class SymmBuffer(Fixed):
     """Symmetric memory of a group: `.rank(r)` for each rank of a virtual group; with one rank, the views themselves.
 
     `get_symm_buffer_for_mega_moe` makes it. `group` and `device` are those that it was made for, `size` is its
-    BufferSize.
+    BufferSize. Threads may share it: a call, `check` and `destroy` each have it to themselves.
     """
+
+    called = "sym_buffer"
+    _ranks: list[RankViews]
 
     def __init__(self, group: VirtualGroup | None, size: BufferSize, device: torch.device) -> None:
         self.group, self.size, self.device = group, size, device
         self.bytes_per_rank = size.offsets()[1]
-        storage = torch.zeros(size.ranks, self.bytes_per_rank, dtype=torch.uint8, device=device)
-        self._ranks: list[RankViews] = [RankViews(size, part) for part in storage]
-        self.status = torch.zeros(STATUS_WORDS, dtype=torch.int32, device=device)
+        check_real("sym_buffer can't be made")
+        with torch.inference_mode(False):  # or only inference could write to the views
+            storage = torch.zeros(size.ranks, self.bytes_per_rank, dtype=torch.uint8, device=device)
+            self._ranks = [RankViews(size, part) for part in storage]
+            self.status = torch.zeros(STATUS_WORDS, dtype=torch.int32, device=device)
+        self.lock = threading.Lock()
+        """Held by whoever reads or changes what follows, and until a launch is on its stream."""
+        self.order = StreamOrder()
         self.program: Callable[[int], Program] = moe
         """Granularity -> what is launched on this buffer. It is looked up at every launch: a test or a measurement puts
         the same kernel, changed, in its place, such as `lambda granularity: moe(granularity).edited(...)`."""
@@ -63,18 +75,23 @@ class SymmBuffer:
             ConfigError: there is no such rank, or the buffer was destroyed.
         """
         self.require()
+        r = integer("rank", r)
         if not 0 <= r < self.size.ranks:
             raise ConfigError(f"rank = {r} must be in [0, {self.size.ranks})")
         return self._ranks[r]
 
     def destroy(self) -> None:
-        """Frees the memory; the views and the launch plans are gone. A second call does nothing."""
-        if self.group is None and self._ranks:
-            for name in vars(self._ranks[0]):
-                del self.__dict__[name]
-        self._ranks.clear()
-        self.plans.clear()
-        self.template = None
+        """Frees the memory; the views and the launch plans are gone. A second call does nothing.
+
+        Launches on other streams than the one on which the buffer was made have to have ended.
+        """
+        with self.lock:
+            if self.group is None and self._ranks:
+                for name in vars(self._ranks[0]):
+                    del self.__dict__[name]
+            self._ranks.clear()
+            self.plans.clear()
+            self.template = None
 
     def check(self) -> None:
         """Waits for the launches so far, on whatever stream, and says whether one of them failed.
@@ -85,13 +102,17 @@ class SymmBuffer:
         Raises:
             KernelTimeout: a role gave up waiting; the message says which, for what, and what it saw.
         """
+        self._synchronize()
+        with self.lock:
+            self._synchronize()  # for what came meanwhile
+            if said := waited(self.status):
+                for views in self._ranks:
+                    for name in names_of("workspace"):
+                        getattr(views, name).zero_()
+                self.status.zero_()  # last: a replayed graph that comes between computes nothing either
+                self._synchronize()  # the next launch may be on another stream
+                raise KernelTimeout(said)
+
+    def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        if said := waited(self.status):
-            for views in self._ranks:
-                for name in names_of("workspace"):
-                    getattr(views, name).zero_()
-            self.status.zero_()  # last: a launch that comes between computes nothing either
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)  # the next launch may be on another stream
-            raise KernelTimeout(said)

@@ -37,12 +37,12 @@ def w1_rows(n: int) -> Tensor:
 
     N a multiple of 128. Raises ValueError.
     """
-    return _half_tiles(interleave_gate_up(torch.arange(n)[:, None]))[:, GATE_UP].flatten()
+    return _half_tiles(interleave_gate_up(torch.arange(n, device="cpu")[:, None]))[:, GATE_UP].flatten()
 
 
 def w2_rows(n: int) -> Tensor:
     """int64 [N]: the row of W2 in each place of its tiles. N a multiple of 128. Raises ValueError."""
-    return _half_tiles(torch.arange(n))[:, OUTPUTS].flatten()
+    return _half_tiles(torch.arange(n, device="cpu"))[:, OUTPUTS].flatten()
 
 
 def _half_tiles(rows: Tensor) -> Tensor:

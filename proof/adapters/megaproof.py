@@ -32,7 +32,7 @@ class MegaproofAdapter:
         self.ring_blocks = ring_blocks
         self.prepared: Prepared | None = None
         self.buffer: Any = None
-        self.weights: list[tuple[Any, ...]] = []
+        self.weights: list[tuple[api.TransformedWeights, api.TransformedWeights]] = []
         self._sizes: tuple[Any, ...] | None = None
         self._weights_of: object = None
 
@@ -137,7 +137,9 @@ class MegaproofAdapter:
         return api.get_symm_buffer_for_mega_moe(api.VirtualGroup(size.ranks), *sizes, ring_blocks=size.ring)
 
     @staticmethod
-    def _rank_weights(prepared: Prepared, rank: int, local: int) -> tuple[Any, ...]:
+    def _rank_weights(
+        prepared: Prepared, rank: int, local: int
+    ) -> tuple[api.TransformedWeights, api.TransformedWeights]:
         experts = map(prepared.inputs.weights, range(rank * local, (rank + 1) * local))
         l1, l2 = (
             (torch.stack([w.codes for w in layer]).view(FP8), torch.stack([w.scales for w in layer]))

@@ -10,20 +10,28 @@ import torch
 from torch import Tensor
 
 from megaproof.kernel import api
-from megaproof.kernel.host import plans, symm_buffer
+from megaproof.kernel.host import plans, streams, symm_buffer
 from megaproof.kernel.host.buffer import BufferSize
 from megaproof.kernel.host.params import Params
+from megaproof.kernel.host.transformed import TransformedWeights
 from megaproof.toolchain.launch import Device, TensorMap
 
 HIDDEN, INTER, EXPERTS, TOPK, CAPACITY, SMS = 256, 128, 4, 2, 8, 130
+DEVICE = Device(0, "NVIDIA H200", "H200", SMS, "580", memory=1 << 28)
 FP8, F32, BF16 = torch.float8_e4m3fn, torch.float32, torch.bfloat16
 
 
 def weights(ranks: int = 1, device: str = "cpu") -> tuple[Any, Any]:
-    """(l1, l2) of one rank."""
+    """(l1, l2) of one rank, zeros, which the transform leaves as they are."""
     e = EXPERTS // ranks
-    l1 = torch.zeros(e, 2 * INTER, HIDDEN, device=device).to(FP8), torch.ones(e, 2, 2, device=device)
-    return l1, (torch.zeros(e, HIDDEN, INTER, device=device).to(FP8), torch.ones(e, 2, 1, device=device))
+    sizes = ((2 * INTER, HIDDEN), (2, 2)), ((HIDDEN, INTER), (2, 1))
+    l1, l2 = (
+        TransformedWeights(
+            torch.zeros(e, *size, dtype=torch.uint8, device=device).view(FP8), torch.ones(e, *blocks, device=device)
+        )
+        for size, blocks in sizes
+    )
+    return l1, l2
 
 
 def call(ranks: int | None = None, device: str = "cpu") -> dict[str, Any]:
@@ -42,9 +50,15 @@ def call(ranks: int | None = None, device: str = "cpu") -> dict[str, Any]:
 
 
 class FakeLibrary:
-    """Keeps a copy of the Params of every launch."""
+    """Keeps a copy of the Params of every launch, and what each stream waited for."""
 
     def __init__(self) -> None:
+        self.stream = 0
+        """The current one."""
+        self.captures: dict[int, int] = {}
+        """Stream -> the number of the capture that it is in."""
+        self.waits: list[tuple[int, int]] = []
+        """(stream, the one that it waits for)."""
         self.launches: list[tuple[str, Any, tuple]] = []
         self.granularities: list[int] = []
         self.encoded = 0
@@ -59,9 +73,9 @@ class FakeLibrary:
         return self
 
     def kernel(self, name: str) -> Callable[..., None]:
-        def launch(params: Any, *sizes: int, cooperative: bool, device: int) -> None:
-            if (cooperative, device) != (True, 0):
-                raise AssertionError(f"launched with cooperative={cooperative} on device {device}")
+        def launch(params: Any, *sizes: int, cooperative: bool, device: int, stream: int) -> None:
+            if (cooperative, device, stream) != (True, 0, self.stream):
+                raise AssertionError(f"launched with cooperative={cooperative} on device {device}, stream {stream}")
             self.launches.append((name, Params.from_buffer_copy(params), sizes))
 
         return launch
@@ -76,7 +90,10 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> FakeLibrary:
     fake = FakeLibrary()
     monkeypatch.setattr(symm_buffer, "moe", fake.program)
     monkeypatch.setattr(plans, "tensor_map", fake.map)
+    monkeypatch.setattr(streams, "current_stream", lambda device: fake.stream)
+    monkeypatch.setattr(streams, "capture_of", lambda stream, device: fake.captures.get(stream, 0))
+    monkeypatch.setattr(streams, "wait_for", lambda stream, before, device: fake.waits.append((stream, before)))
     for module in (api, plans):
-        monkeypatch.setattr(module, "require_device", lambda index=None: Device(0, "NVIDIA H200", "H200", SMS, "580"))
+        monkeypatch.setattr(module, "require_device", lambda index=None: DEVICE)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     return fake

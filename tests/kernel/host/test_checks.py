@@ -12,6 +12,7 @@ from torch import Tensor
 from megaproof.kernel import api
 from megaproof.kernel.host import checks, sizes
 from megaproof.kernel.host.sizes import ConfigError
+from megaproof.kernel.host.transformed import TransformedWeights
 from megaproof.quant.recipe import RECIPES, Recipe, RecipeError
 from megaproof.tests.support.fake_call import BF16, CAPACITY, EXPERTS, FP8, HIDDEN, SMS, FakeLibrary, call, installed
 
@@ -44,19 +45,59 @@ ONE_RANK = {
     "y capacity": ("y", lambda y: y.new_zeros(CAPACITY + 1, HIDDEN), "y has 9 tokens; .* num_max_tokens_per_rank = 8"),
     "y list": ("y", lambda y: [y], "y is a list of 1; it must be a tensor"),
     "y None": ("y", lambda y: None, "y is None; it must be a tensor"),
-    "l1 bare": ("l1_weights", lambda l1: l1[0], "l1_weights is a Tensor; it must be a tuple"),
-    "l1 three": ("l1_weights", lambda l1: (*l1, None), "l1_weights is a tuple of 3; it must be a tuple"),
+    "l1 bare": ("l1_weights", lambda l1: l1[0], "l1_weights is a Tensor; it must be TransformedWeights"),
+    "l1 three": ("l1_weights", lambda l1: (*l1, None), "l1_weights is a tuple of 3; it must be TransformedWeights"),
     "l1 None": ("l1_weights", lambda l1: None, "l1_weights is None"),
-    "l1 number": ("l1_weights", lambda l1: (l1[0], 1.0), "l1_weights scales is a float; it must be a tensor"),
-    "l1 dtype": ("l1_weights", lambda l1: (l1[0].view(torch.uint8), l1[1]), "l1_weights is torch.uint8"),
-    "l1 address": ("l1_weights", lambda l1: (changed(l1[0], "address"), l1[1]), "l1_weights begins at"),
-    "l1 scales": ("l1_weights", lambda l1: (l1[0], l1[1].double()), "l1_weights scales is torch.float64"),
-    "l1 device": ("l1_weights", lambda l1: (changed(l1[0], "device"), l1[1]), "l1_weights is on meta; it must be on"),
-    "l1 scales strides": ("l1_weights", lambda l1: (l1[0], changed(l1[1], "strides")), "l1_weights scales .* strides"),
-    "l2 scales device": ("l2_weights", lambda l2: (l2[0], changed(l2[1], "device")), "l2_weights scales is on meta"),
-    "l2 shape": ("l2_weights", lambda l2: (l2[0][:3], l2[1]), "l2_weights is .*\\[3, 256, 128\\]; .*\\[4, 256, 128\\]"),
-    "l2 strides": ("l2_weights", lambda l2: (changed(l2[0], "strides"), l2[1]), "l2_weights is .* with strides"),
-    "l2 scales": ("l2_weights", lambda l2: (l2[0], l2[1][:, :1]), "l2_weights scales is torch.float32 \\[4, 1, 1\\]"),
+    "l1 number": (
+        "l1_weights",
+        lambda l1: TransformedWeights(l1[0], 1.0),
+        "l1_weights scales is a float; it must be a tensor",
+    ),
+    "l1 dtype": (
+        "l1_weights",
+        lambda l1: TransformedWeights(l1[0].view(torch.uint8), l1[1]),
+        "l1_weights is torch.uint8",
+    ),
+    "l1 address": (
+        "l1_weights",
+        lambda l1: TransformedWeights(changed(l1[0], "address"), l1[1]),
+        "l1_weights begins at",
+    ),
+    "l1 scales": (
+        "l1_weights",
+        lambda l1: TransformedWeights(l1[0], l1[1].double()),
+        "l1_weights scales is torch.float64",
+    ),
+    "l1 device": (
+        "l1_weights",
+        lambda l1: TransformedWeights(changed(l1[0], "device"), l1[1]),
+        "l1_weights is on meta; it must be on",
+    ),
+    "l1 scales strides": (
+        "l1_weights",
+        lambda l1: TransformedWeights(l1[0], changed(l1[1], "strides")),
+        "l1_weights scales .* strides",
+    ),
+    "l2 scales device": (
+        "l2_weights",
+        lambda l2: TransformedWeights(l2[0], changed(l2[1], "device")),
+        "l2_weights scales is on meta",
+    ),
+    "l2 shape": (
+        "l2_weights",
+        lambda l2: TransformedWeights(l2[0][:3], l2[1]),
+        "l2_weights is .*\\[3, 256, 128\\]; .*\\[4, 256, 128\\]",
+    ),
+    "l2 strides": (
+        "l2_weights",
+        lambda l2: TransformedWeights(changed(l2[0], "strides"), l2[1]),
+        "l2_weights is .* with strides",
+    ),
+    "l2 scales": (
+        "l2_weights",
+        lambda l2: TransformedWeights(l2[0], l2[1][:, :1]),
+        "l2_weights scales is torch.float32 \\[4, 1, 1\\]",
+    ),
     "stats": (
         "cumulative_local_expert_recv_stats",
         lambda s: s.long(),
@@ -92,7 +133,11 @@ GROUP = {
     "no list": ("y", lambda ys: ys[0], "y is a Tensor; with a VirtualGroup it must be a list, one entry a rank"),
     "short": ("l1_weights", lambda l1s: l1s[:1], "l1_weights has 1 entries; it must have one for each of 2 ranks"),
     "rank": ("y", lambda ys: [ys[0], ys[1].half()], "y of rank 1 is torch.float16"),
-    "weights": ("l2_weights", lambda l2s: [l2s[0], l2s[1][::-1]], "l2_weights of rank 1 is torch.float32"),
+    "weights": (
+        "l2_weights",
+        lambda l2s: [l2s[0], TransformedWeights(*l2s[1][::-1])],
+        "l2_weights of rank 1 is torch.float32",
+    ),
     "stats": ("cumulative_local_expert_recv_stats", lambda s: s[:1], "_recv_stats has 1 entries"),
     "same stats": ("cumulative_local_expert_recv_stats", lambda s: [s[0], s[0]], "_recv_stats of rank 1 overlaps"),
     "same y": ("y", lambda ys: [ys[0], ys[0]], "y of rank 1 overlaps y of rank 0"),
@@ -123,7 +168,7 @@ def freed(tensor: Tensor) -> Tensor:
 def test_memory_that_is_not_there_is_refused(library: FakeLibrary, argument: str) -> None:
     good = call()
     value = good[argument]
-    gone = (freed(value[0]), value[1]) if isinstance(value, tuple) else freed(value)
+    gone = TransformedWeights(freed(value[0]), value[1]) if isinstance(value, tuple) else freed(value)
     with pytest.raises(ConfigError, match=f"{argument} ends at byte .* of a storage of 0; its memory must be there"):
         api.fp8_mega_moe(**good | {argument: gone})
     assert not library.launches
@@ -137,7 +182,8 @@ def test_outputs_in_the_buffer_are_refused(library: FakeLibrary, field: str) -> 
     counts = inside.view(torch.int32)[: EXPERTS // 2] if field == "topk_weights" else None
     stats = None if counts is None else [None, counts]
     with pytest.raises(
-        ConfigError, match=r"(y|_recv_stats) lies in sym_buffer's memory of rank 1; it must have its own"
+        ConfigError,
+        match=r"(y|_recv_stats) of rank 1 overlaps sym_buffer's memory of rank 1; what a launch writes must",
     ):
         api.fp8_mega_moe(**good | {"y": [good["y"][0], y], "cumulative_local_expert_recv_stats": stats})
     assert not library.launches
@@ -146,9 +192,10 @@ def test_outputs_in_the_buffer_are_refused(library: FakeLibrary, field: str) -> 
 def test_meta_tensors_are_judged_too() -> None:
     good = call(2, device="meta")
     checks.check_weights(good["sym_buffer"], good["l1_weights"], good["l2_weights"])
-    checks.check_outputs(good["sym_buffer"], good["y"], [None, None])
+    held = good["sym_buffer"], good["l1_weights"], good["l2_weights"]
+    checks.check_outputs(*held, good["y"], [None, None])
     with pytest.raises(ConfigError, match=r"y of rank 0 is torch\.float32"):
-        checks.check_outputs(good["sym_buffer"], [y.float() for y in good["y"]], [None, None])
+        checks.check_outputs(*held, [y.float() for y in good["y"]], [None, None])
 
 
 @pytest.mark.parametrize(
@@ -231,7 +278,10 @@ def untransformed(**changes: Any) -> dict[str, Any]:
         ({"w1": torch.zeros(2, 256, 256)}, r"l1 is torch.float32 \[2, 256, 256\]; it must be torch.float8_e4m3fn"),
         ({"w2": torch.zeros(2, 256, 128, dtype=torch.uint8)}, r"l2 is torch.uint8 \[2, 256, 128\]"),
         ({"w2": torch.zeros(256, 128).to(FP8)}, r"l2 is torch.float8_e4m3fn \[256, 128\]; it must be"),
-        ({"w1": torch.zeros(2, 192, 256).to(FP8)}, "l1 has 192 rows and 256 columns; both must be multiples of 128"),
+        (
+            {"w1": torch.zeros(2, 192, 256).to(FP8)},
+            "l1 has 192 rows and 256 columns; both must be positive multiples of 128",
+        ),
         (
             {"w1_sf": torch.ones(2, 2, 1)},
             r"l1 scales are torch.float32 \[2, 2, 1\]; they must be torch.float32 \[2, 2, 2\]",

@@ -12,6 +12,7 @@ import torch
 from megaproof.kernel import api
 from megaproof.kernel.host import checks, plans
 from megaproof.kernel.host.sizes import ConfigError
+from megaproof.kernel.host.transformed import TransformedWeights
 from megaproof.quant.recipe import Recipe
 from megaproof.tests.support.fake_call import BF16, CAPACITY, HIDDEN, FakeLibrary, call, installed, weights
 
@@ -86,6 +87,8 @@ def judged(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def other_object(value: Any) -> Any:
     """The same memory in the same form, nested lists included, as objects that nobody has seen."""
+    if isinstance(value, TransformedWeights):
+        return type(value)(*map(other_object, value))
     return type(value)(map(other_object, value)) if isinstance(value, list | tuple) else value.view(value.shape)
 
 
@@ -134,9 +137,9 @@ def test_another_tensor_at_the_same_address_is_judged(library: FakeLibrary, argu
     shape = pair[part].shape
     for wrong in (pair[part][1:].new_empty(0).set_(pair[part][:3]), pair[part].view(torch.int8).view(shape[0], -1)):
         assert wrong.data_ptr() == pair[part].data_ptr()
-        changed_pair = [*pair[:part], wrong, *pair[part + 1 :]]
-        with pytest.raises(ConfigError, match=argument):
-            api.fp8_mega_moe(**good | {argument: tuple(changed_pair)})
+        changed_pair = TransformedWeights(*pair[:part], wrong, *pair[part + 1 :])
+        with pytest.raises(ConfigError, match=f"{argument}.* is torch"):
+            api.fp8_mega_moe(**good | {argument: changed_pair})
     assert len(library.launches) == 1
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import pickle
 from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megaproof.kernel import api
 from megaproof.kernel.host import sizes
-from megaproof.kernel.host.buffer import BufferSize
+from megaproof.kernel.host.buffer import BufferSize, RankViews, names_of
 from megaproof.kernel.host.sizes import ConfigError
 from megaproof.kernel.host.timeout import KernelTimeout
 from megaproof.tests.support.fake_call import FakeLibrary, call, installed
@@ -106,3 +110,105 @@ def test_a_failure_is_raised_once_and_clears_the_counters_alone() -> None:
     for storage in storages:
         assert torch.equal(storage == 0, cleared)
         assert bool((storage[~cleared] == 7).all())
+
+
+# --- one buffer, whose views are written ------------------------------------------------------------------------------
+
+INPUTS = names_of("inputs")
+
+
+@pytest.mark.parametrize("name", [*INPUTS, "slots", "storage"])
+def test_a_forgotten_colon_is_refused(library: FakeLibrary, name: str) -> None:
+    """`buffer.x = t` would leave the memory that the kernel reads as it is."""
+    one, two = call()["sym_buffer"], call(2)["sym_buffer"]
+    for owner, called in (
+        (one, "sym_buffer"),
+        (one.rank(0), r"sym_buffer\.rank\(r\)"),
+        (two.rank(1), r"sym_buffer\.rank\(r\)"),
+    ):
+        view = getattr(owner, name)
+        for other in (torch.ones_like(view), view.clone(), view[:1], None, 1):
+            with pytest.raises(
+                ConfigError, match=rf"^{called}\.{name} = .*; {called}\.{name}\[:\] = \.\.\. must be used"
+            ):
+                setattr(owner, name, other)
+        with pytest.raises(ConfigError, match=rf"{called}\.{name} can't be deleted"):
+            delattr(owner, name)
+        assert getattr(owner, name) is view
+    with pytest.raises(ConfigError, match=rf"sym_buffer\.{name} = "):
+        setattr(two, name, torch.ones_like(getattr(two.rank(0), name)))
+
+
+def test_views_are_written(library: FakeLibrary) -> None:
+    good = call()
+    buffer = good["sym_buffer"]
+    buffer.topk_weights[:] = 3.0
+    buffer.topk_weights *= 2  # Python sets the attribute to what it is
+    buffer.rank(0).x_sf += 1
+    buffer.topk_idx[:3] = torch.ones(3, 2, dtype=torch.int64)
+    views = RankViews(buffer.size, buffer.storage)
+    assert (views.topk_weights.unique().tolist(), views.x_sf.unique().tolist()) == ([6.0], [1.0])
+    assert views.topk_idx.sum() == 6
+    api.fp8_mega_moe(**good)
+    assert library.launches[0][1].layout.buffer_ptr[0] == buffer.storage.data_ptr()
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_a_view_with_other_memory_is_refused(library: FakeLibrary, name: str) -> None:
+    good = call(2)
+    view = getattr(good["sym_buffer"].rank(1), name)
+    before = view.data
+    view.data = view.clone()
+    with pytest.raises(ConfigError, match=rf"view {name} of rank 1 begins at .*: {name}\[:\] = \.\.\. writes into it"):
+        api.fp8_mega_moe(**good)
+    view.data = before
+    api.fp8_mega_moe(**good)
+    assert len(library.launches) == 1
+
+
+@pytest.mark.parametrize("name", ["size", "group", "device", "bytes_per_rank"])
+def test_what_a_buffer_was_made_for_stays(library: FakeLibrary, name: str) -> None:
+    buffer = call()["sym_buffer"]
+    with pytest.raises(ConfigError, match=f"sym_buffer.{name} must stay as it was made; make another buffer"):
+        setattr(buffer, name, None)
+
+
+COPIES = {
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+    "pickle": pickle.dumps,
+    "torch.save": lambda made: torch.save(made, io.BytesIO()),
+    "in a module": lambda made: copy.deepcopy({"layer": [made]}),
+}
+
+
+@pytest.mark.parametrize("ranks", [None, 2])
+@pytest.mark.parametrize("how", COPIES)
+def test_copies_are_refused_by_name(library: FakeLibrary, how: str, ranks: int | None) -> None:
+    """A launch on a copy would go to the memory of the original, or to none. Before and after a launch."""
+    good = call(ranks)
+    buffer = good["sym_buffer"]
+    for _ in range(2):
+        for made, called in ((buffer, "sym_buffer"), (buffer.rank(0), r"sym_buffer\.rank\(r\)")):
+            with pytest.raises(ConfigError, match=f"^{called} can't be copied or pickled: .*$"):
+                COPIES[how](made)
+        api.fp8_mega_moe(**good)
+    assert len(library.launches) == 2
+
+
+def test_a_buffer_needs_memory(library: FakeLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "SymmBuffer", OnCpu)
+    with (
+        FakeTensorMode(),
+        pytest.raises(ConfigError, match="sym_buffer can't be made under a FakeTensorMode"),
+    ):
+        api.get_symm_buffer_for_mega_moe(None, **SIZES)
+    with pytest.raises(ConfigError, match=r"num_max_tokens_per_rank = 1000000: a buffer of .* bytes, .* must fit"):
+        api.get_symm_buffer_for_mega_moe(None, **SIZES | {"num_max_tokens_per_rank": 1_000_000})
+
+
+def test_indices_are_not_read_where_nothing_can_be_read(library: FakeLibrary) -> None:
+    good = call()
+    with FakeTensorMode(), pytest.raises(ConfigError, match="check = True can't be under a FakeTensorMode"):
+        api.fp8_mega_moe(**good, check=True)
+    assert not library.launches

@@ -80,7 +80,7 @@ def test_plans_follow_their_arguments(smoke: int) -> None:
     assert equal(launched(), expected)
     fewer = launched(y=[torch.full_like(y[:-1], math.nan) for y in first])
     assert equal(fewer, [y[:-1] for y in expected])
-    copies = [(w2.clone(), 2 * w2_sf) for w2, w2_sf in arguments["l2_weights"]]
+    copies = [api.TransformedWeights.adopt(w2.clone(), 2 * w2_sf) for w2, w2_sf in arguments["l2_weights"]]
     doubled = [2 * y for y in expected]
     assert equal(launched(l2_weights=copies), doubled)
     assert equal(launched(), expected)
