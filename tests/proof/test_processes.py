@@ -225,6 +225,7 @@ def test_a_template_that_is_killed_takes_the_ranks_along(monkeypatch: pytest.Mon
     template.close()
 
 
+@pytest.mark.clock
 def test_a_template_that_was_killed_is_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gloo, "started", functools.cache(lambda: child.Template("os:getpid")))
     first = gloo.template()

@@ -19,6 +19,7 @@ from pathlib import Path
 from megaproof.tests.support.patience import PATIENCE_S
 from megaproof.toolchain import child
 
+PREPARE = "megaproof.tests.support.warm:load"
 MODULES = (
     "pytest",  # and not hypothesis: pytest rewrites it
     "rich.console",
@@ -47,23 +48,29 @@ def be_pytest(arguments: list[str]) -> int:
 
 
 @functools.cache
-def _template() -> child.Template:
-    made = child.Template("megaproof.tests.support.warm:load")
+def template(prepare: str = PREPARE) -> child.Template:
+    """The one of this process that was made ready so."""
+    made = child.Template(prepare)
     atexit.register(made.close)
     return made
 
 
 def pytest_main(
-    folder: Path, arguments: list[str], environment: dict[str, str], timeout_s: float = PATIENCE_S
+    folder: Path,
+    arguments: list[str],
+    environment: dict[str, str],
+    timeout_s: float = PATIENCE_S,
+    source: child.Template | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """`python -m pytest ARGUMENTS` in `folder`, with both streams captured; see the module for what is shared.
 
-    environment: the whole of it. Raises subprocess.TimeoutExpired after timeout_s; then its processes have been killed.
+    environment: the whole of it. source: default: `template()`. Raises subprocess.TimeoutExpired after timeout_s; then
+    its processes have been killed.
     """
     with tempfile.TemporaryDirectory() as scratch:
         paths = [Path(scratch) / name for name in ("stdout", "stderr")]
         with paths[0].open("w") as output, paths[1].open("w") as errors:
-            process = _template().fork(
+            process = (source or template()).fork(
                 "megaproof.tests.support.warm:be_pytest", arguments, output, errors, folder=folder, environ=environment
             )
         try:

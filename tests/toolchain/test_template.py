@@ -86,6 +86,7 @@ def test_an_exception_is_status_1_and_a_traceback(template: child.Template, tmp_
     assert "ZeroDivisionError: division by zero" in output
 
 
+@pytest.mark.clock
 def test_children_run_side_by_side_and_leave_nothing_open(tmp_path: Path) -> None:
     template = child.Template("os:getpid")  # one that has forked nothing yet
     files = Path(f"/proc/{template.pid}/fd")
@@ -101,6 +102,7 @@ def test_children_run_side_by_side_and_leave_nothing_open(tmp_path: Path) -> Non
     template.close()
 
 
+@pytest.mark.clock
 def test_what_a_child_has_started_ends_with_it(template: child.Template, tmp_path: Path) -> None:
     """Closed, or of itself: its process group goes with it."""
     text = "import os, subprocess, time; print(subprocess.Popen(['sleep', '3600']).pid, flush=True)"
@@ -115,6 +117,7 @@ def test_what_a_child_has_started_ends_with_it(template: child.Template, tmp_pat
     wait_for(lambda: not runs(int((tmp_path / "printed").read_text())))
 
 
+@pytest.mark.clock
 def test_a_child_that_is_forgotten_ends(template: child.Template, tmp_path: Path) -> None:
     with (tmp_path / "printed").open("w") as output:
         pid = template.fork("time:sleep", 3600, output).pid
@@ -134,9 +137,11 @@ time.sleep(3600)
 """
 
 
-@pytest.mark.parametrize("words", [[], ["and a copy that lives on"]], ids=["alone", "a copy lives on"])
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_nothing_is_left_when_the_caller_ends(words: list[str], number: int) -> None:
+@pytest.mark.clock
+@pytest.mark.parametrize(
+    ("number", "words"), [(signal.SIGKILL, []), (signal.SIGTERM, []), (signal.SIGKILL, ["and a copy that lives on"])]
+)
+def test_nothing_is_left_when_the_caller_ends(number: int, words: list[str]) -> None:
     """The child goes at once; the template with the last process that could use it."""
     command = [sys.executable, "-P", "-c", CALLER, *words]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
@@ -150,6 +155,7 @@ def test_nothing_is_left_when_the_caller_ends(words: list[str], number: int) -> 
     wait_for(lambda: not runs(template))
 
 
+@pytest.mark.clock
 def test_a_template_that_is_killed_takes_its_children_along(tmp_path: Path) -> None:
     template = child.Template("os:getpid")
     with (tmp_path / "printed").open("w") as output:
@@ -173,6 +179,7 @@ def test_a_template_that_cannot_start_says_why() -> None:
     assert "No module named 'no_such'" in str(caught.value)
 
 
+@pytest.mark.clock
 def test_a_wait_ends_in_time(template: child.Template, tmp_path: Path) -> None:
     with (tmp_path / "printed").open("w") as output:
         one = template.fork("time:sleep", 3600, output)
