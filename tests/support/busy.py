@@ -3,8 +3,8 @@
 A test marked `clock` waits for what processes do. On a machine with other work it has to give the verdict that it gives
 on an idle one; here such a machine is made: processes that do nothing but use a core each, while pytest runs again and
 again. Each run is forked from a process that has imported torch (tests/support/warm.py), and the ranks of all runs from
-another, so that a run spends its time in the tests. The last line counts runs and failures; the exit status is 0 if none
-failed.
+another, so that a run spends its time in the tests. The last line counts runs and failures; the exit status is 0 if
+none failed.
 """
 
 from __future__ import annotations
