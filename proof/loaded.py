@@ -5,8 +5,10 @@ A module under two names is two modules: exceptions, registries and caches of th
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -23,10 +25,15 @@ def problems(modules: Mapping[str, ModuleType] | None = None, command: list[str]
     """
     modules, command = modules or sys.modules, command or sys.orig_argv
     names: dict[Path, dict[str, ModuleType]] = {}
+    real = cache(os.path.realpath)  # of folders: there are some hundred, and thousands of files
     for name, module in list(modules.items()):
         file = getattr(module, "__file__", None)
-        if isinstance(file, str) and name != "__main__" and (path := Path(file).resolve()).is_relative_to(HOME):
-            names.setdefault(path, {})[name] = module
+        if not isinstance(file, str) or name == "__main__":
+            continue
+        folder, base = os.path.split(file)
+        path = os.path.realpath(file) if os.path.islink(file) else os.path.join(real(folder), base)
+        if path.startswith(f"{HOME}{os.sep}"):
+            names.setdefault(Path(path), {})[name] = module
     found = []
     for path, known in names.items():
         bare = [name for name in known if name.partition(".")[0] in FOLDERS and _is_ours(path)]

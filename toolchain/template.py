@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import importlib
 import io
 import itertools
@@ -236,6 +237,8 @@ def _python_path(environment: Mapping[str, str]) -> list[str]:
 def main(control: int, prepare: str) -> None:
     """Prepares, says so, and serves."""
     function(prepare)()
+    gc.collect()
+    gc.freeze()  # children neither walk what was loaded nor copy its pages
     with socket.socket(fileno=control) as channel:
         server = Server(channel)
         channel.sendall(b"ready\n")

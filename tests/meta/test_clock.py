@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 from pathlib import Path
 
@@ -79,6 +80,12 @@ def test_a_run_of_nothing_is_a_failure(tmp_path: Path, capfd: pytest.CaptureFixt
     file.write_text("")
     assert busy.main(["--times", "1", "--burn", "0", str(file)]) == 1
     assert capfd.readouterr().out.endswith(": 1 failed\n")
+
+
+def test_a_machine_that_was_not_busy_proves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(busy, "BURNER", "")
+    with pytest.raises(RuntimeError, match="the runs prove nothing"), busy.burners(1):
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)  # until it has ended
 
 
 @pytest.mark.parametrize("words", [["--times", "0"], ["--times", "-1"], ["--burn", "-1"]])

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import re
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from megaproof.toolchain import child
 ROOT = Path(__file__).resolve().parents[2]
 PREPARE = "megaproof.tests.support.busy:load"
 BURNER = """
+import os
 parent = os.getppid()
 while os.getppid() == parent:  # it ends with the process that started it, however that ends
     for _ in range(1_000_000):
@@ -34,10 +36,12 @@ while os.getppid() == parent:  # it ends with the process that started it, howev
 
 @contextlib.contextmanager
 def burners(count: int) -> Iterator[None]:
-    """While it lasts, `count` processes use a core each."""
+    """While it lasts, `count` processes use a core each. Raises RuntimeError at the end if one of them did not last."""
     processes = [subprocess.Popen([sys.executable, "-S", "-c", BURNER]) for _ in range(count)]
     try:
         yield
+        if any(process.poll() is not None for process in processes):
+            raise RuntimeError("a process that was to keep the machine busy has ended: the runs prove nothing")
     finally:
         for process in processes:
             process.kill()
@@ -48,6 +52,8 @@ def burners(count: int) -> Iterator[None]:
 def load() -> None:
     """What the template of the runs does once: it has a template of ranks, which every run inherits."""
     warm.load()
+    for module in ("megaproof.proof.__main__", "megaproof.proof.adapters.megaproof"):  # what the tests import
+        importlib.import_module(module)
     gloo.template()
 
 
