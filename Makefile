@@ -57,9 +57,10 @@ format:  ## formatting and lint, put right
 setup:  ## only find or set up the interpreter, and print it
 	@$(with_python); echo "$$python"
 
-clean:  ## remove caches
+clean:  ## remove caches and what killed runs left
 	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis reports
 	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
+	find . -name '.megaproof-*' -not -path './.venv/*' -prune -exec rm -rf {} +
 
 distclean: clean  ## remove caches and the .venv that make set up
 	@if [[ -e .venv && ! -e .venv/made-by-megaproof ]]; then echo ".venv is not make's own: left alone"; else rm -rf .venv; fi

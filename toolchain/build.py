@@ -11,14 +11,13 @@ import functools
 import hashlib
 import io
 import json
-import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megaproof.toolchain import files
+from megaproof.toolchain import cache
 from megaproof.toolchain.code import code_digests
 from megaproof.toolchain.errors import BuildError, EnvironmentMissing
 
@@ -32,6 +31,8 @@ _STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) b
 _USED = re.compile(r"Used (\d+) registers")
 _SHARED = re.compile(r"(\d+) bytes smem")
 _WARNING = re.compile(r"\(?(C75\d\d)\)?[^\n]*")
+_OWN: dict[str, Built] = {}
+"""What this process has compiled, by the digest of all that went in."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class Built:
     report: Report
     nvrtc: str
     cached: bool
+    """Whether it was compiled by another process."""
 
     def code(self, *entries: str) -> dict[str, str]:
         """Code digests of these entries, or of all."""
@@ -79,26 +81,44 @@ def build(
     options: Iterable[str] = (),
     defines: Mapping[str, str | int] | None = None,
     cache: bool = True,
+    takes: Callable[[Built], bool] = lambda built: True,
 ) -> Built:
     """Compiles source text, with its includes in place (see `joined`), into one cubin.
 
-    `entries` are kernel names that must be in it; `options` go to ptxas beside -v; `defines` are macros.
+    `entries` are kernel names that must be in it; `options` go to ptxas beside -v; `defines` are macros. cache: whether
+    one will do that was made before, by this process, or by another one if `takes` says so of what it left.
     Raises BuildError with the compiler's log, EnvironmentMissing without NVRTC.
     """
     macros = sorted((name, str(value)) for name, value in (defines or {}).items())
     flags = ["-v", *options]
-    version = nvrtc_version()
-    key = hashlib.sha256(json.dumps([text, macros, flags, ARCH, version]).encode()).hexdigest()
-    built = _from_cache(key) if cache else None
-    if built is None:
-        cubin, log = _compile(text, flags, macros)
-        built = Built(cubin, hashlib.sha256(cubin).hexdigest(), parse_report(log), version, False)
-        if cache:
-            _to_cache(key, built)
+    built = _kept(text, flags, macros, takes) if cache else _made(text, flags, macros)
     missing = sorted(set(entries) - set(built.report.entries))
     if missing:
         raise BuildError(f"kernels {', '.join(missing)} are not in the cubin; it has {', '.join(built.report.entries)}")
     return built
+
+
+def _made(text: str, flags: list[str], macros: list[tuple[str, str]]) -> Built:
+    version = nvrtc_version()
+    cubin, log = _compile(text, flags, macros)
+    return Built(cubin, hashlib.sha256(cubin).hexdigest(), parse_report(log), version, False)
+
+
+def _kept(text: str, flags: list[str], macros: list[tuple[str, str]], takes: Callable[[Built], bool]) -> Built:
+    key = hashlib.sha256(json.dumps([text, macros, flags, ARCH, nvrtc_version()]).encode()).hexdigest()
+    place = cache_folder()
+    built = _from_cache(place, key)
+    if built is None or not takes(built):
+        # Without a cache, and for what the cache may not give, each text is still compiled once a process.
+        built = _OWN[key] = _OWN.get(key) or _made(text, flags, macros)
+        if takes(built):
+            _to_cache(place, key, built)
+    return built
+
+
+def cache_folder() -> cache.Cache:
+    """Where cubins are kept."""
+    return cache.of("cubin")
 
 
 def joined(sources: Iterable[Path], without: Iterable[Path] = ()) -> str:
@@ -184,34 +204,24 @@ def _with_includes(text: str, folder: Path, seen: set[Path], name: str = "text")
     return _INCLUDE.sub(replace, text.replace("#pragma once", ""))
 
 
-def cache_folder() -> Path:
-    """Where cubins are kept, readable by their owner alone."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "megaproof" / "cubin"
-
-
-def _from_cache(key: str) -> Built | None:
-    """A cubin whose bytes still have the sha256 stored beside them; anything else is compiled again."""
+def _from_cache(place: cache.Cache, key: str) -> Built | None:
+    """A cubin with its report, or None: anything odd is compiled again."""
+    cubin, stored = place.read(f"{key}.cubin"), place.read(f"{key}.json")
+    if cubin is None or stored is None:
+        return None
     try:
-        note = json.loads((cache_folder() / f"{key}.json").read_text())
-        cubin = (cache_folder() / f"{key}.cubin").read_bytes()
+        note = json.loads(stored)
         entries = {name: Entry(**entry) for name, entry in note["entries"].items()}
         if hashlib.sha256(cubin).hexdigest() != note["sha256"]:
             return None
         return Built(cubin, note["sha256"], Report(entries, tuple(note["messages"])), note["nvrtc"], True)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 
-def _to_cache(key: str, built: Built) -> None:
-    """Written beside and renamed, the note last. A cache that cannot be written is done without."""
-    folder = cache_folder()
+def _to_cache(place: cache.Cache, key: str, built: Built) -> None:
+    """The note last: it names the cubin."""
     entries = {name: asdict(entry) for name, entry in built.report.entries.items()}
     note = {"sha256": built.sha256, "nvrtc": built.nvrtc, "entries": entries, "messages": built.report.messages}
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        folder.chmod(0o700)
-        for suffix, data in ((".cubin", built.cubin), (".json", json.dumps(note).encode())):
-            files.replace(folder / f"{key}{suffix}", data, mode=0o600)
-    except OSError:
-        return
+    place.write(f"{key}.cubin", built.cubin)
+    place.write(f"{key}.json", json.dumps(note).encode())

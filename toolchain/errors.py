@@ -44,3 +44,14 @@ class BuildError(RuntimeError):
 
 class LaunchError(RuntimeError):
     """A call of the CUDA driver that failed, with its name and code."""
+
+
+def shown(text: object, most: int = 200) -> str:
+    """A text that others wrote, such as a file's name, for a message: one line, with nothing that a terminal obeys.
+
+    Control characters, line ends, signs that turn the direction of writing, and bytes that are no UTF-8 are written as
+    escapes; what is longer than `most` characters is cut.
+    """
+    text = str(text)
+    cut = text if len(text) <= most else f"{text[:most]}..."
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in cut)

@@ -30,7 +30,7 @@ from megaproof.kernel.host.timeout import STATUS_WORDS, waited
 from megaproof.kernel.programs.moe import moe
 from megaproof.quant import tables
 from megaproof.quant.recipe import Recipe
-from megaproof.toolchain import build
+from megaproof.toolchain import build, files
 from megaproof.toolchain.launch import TensorMap
 
 FOLDER = Path(__file__).parent
@@ -122,9 +122,7 @@ def _machine(folder: Path) -> Path:
 
 
 def _cache_folder() -> Path:
-    folder = build.cache_folder()
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return folder
+    return build.cache_folder().folder or files.scratch()
 
 
 def _digest(*parts: str) -> str:

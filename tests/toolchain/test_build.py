@@ -20,7 +20,10 @@ KERNEL = HOME / "kernel"
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    return build.cache_folder()
+    monkeypatch.setattr(build, "_OWN", {})
+    folder = build.cache_folder().folder
+    assert folder
+    return folder
 
 
 def test_same_source_gives_the_same_cubin_in_another_process(tmp_path: Path) -> None:
@@ -92,7 +95,7 @@ def test_cache_round_trip(cache: Path) -> None:
     assert second.cached
     assert (second.cubin, second.report, second.nvrtc) == (first.cubin, first.report, first.nvrtc)
     assert stat.S_IMODE(cache.stat().st_mode) == 0o700
-    assert {path.suffix for path in cache.iterdir()} == {".cubin", ".json"}, "no temporary file is left"
+    assert {path.suffix for path in cache.iterdir()} == {".cubin", ".json", ".sha256"}, "no temporary file is left"
     assert not build.build(PLAIN + "\n// another key").cached
 
 
@@ -108,11 +111,24 @@ def test_damaged_cache_is_compiled_again(cache: Path, suffix: str, damage: bytes
     assert build.build(PLAIN).cached, "the damaged entry was replaced"
 
 
-def test_cache_that_cannot_be_written_is_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_cache_each_text_is_compiled_once_a_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("in the way")
     monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
-    assert not build.build(PLAIN).cached
+    text = PLAIN + "\n// without a cache"
+    first = build.build(text)
+    assert not first.cached
+    monkeypatch.setattr(build, "_compile", None)
+    assert build.build(text) is first
+
+
+def test_a_cubin_that_is_not_taken_is_compiled_here(cache: Path) -> None:
+    """What another process left is no proof that it was gated."""
+    text = PLAIN + "\n// of another process"
+    build.build(text)
+    build._OWN.clear()
+    assert build.build(text).cached
+    assert not build.build(text, takes=lambda built: False).cached
 
 
 def test_missing_compiler_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
