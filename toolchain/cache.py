@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megaproof.toolchain import files
-from megaproof.toolchain.errors import shown
+from megaproof.toolchain.errors import escaped
 
 LARGEST = 1 << 28
 """Bytes of the largest entry; anything larger was not written by us."""
@@ -80,7 +80,7 @@ def of(purpose: str) -> Cache:
                 return Cache(None, reason)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        return Cache(None, f"{shown(base)} can't be used ({shown(reason)})")
+        return Cache(None, f"{escaped(base)} can't be used ({escaped(reason)})")
     return Cache(folder)
 
 
@@ -102,11 +102,11 @@ def _distrust(path: Path, own: bool) -> str:
             os.mkdir(path, 0o700)
     found = os.lstat(path)
     if not stat.S_ISDIR(found.st_mode):
-        return f"{shown(path)} is no folder"
+        return f"{escaped(path)} is no folder"
     if found.st_uid != os.geteuid() and (own or found.st_uid != 0):
-        return f"{shown(path)} belongs to another user"
+        return f"{escaped(path)} belongs to another user"
     if found.st_mode & _OTHERS_WRITE and (own or not found.st_mode & stat.S_ISVTX):
-        return f"{shown(path)} can be written by others"
+        return f"{escaped(path)} can be written by others"
     return ""
 
 

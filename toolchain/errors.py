@@ -46,7 +46,7 @@ class LaunchError(RuntimeError):
     """A call of the CUDA driver that failed, with its name and code."""
 
 
-def shown(text: object, most: int = 200) -> str:
+def escaped(text: object, most: int = 200) -> str:
     """A text that others wrote, such as a file's name, for a message: one line, with nothing that a terminal obeys.
 
     Control characters, line ends, signs that turn the direction of writing, and bytes that are no UTF-8 are written as

@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from megaproof.toolchain.errors import EnvironmentMissing, shown
+from megaproof.toolchain.errors import EnvironmentMissing, escaped
 
 PREFIX = ".megaproof-unfinished-"
 """How the name of everything temporary begins; .gitignore and `make clean` know it."""
@@ -100,7 +100,7 @@ def locked(folder: Path, wait_s: float = 10.0) -> Iterator[None]:
         holder = os.read(handle, 300).decode("utf-8", "replace")
         os.close(handle)
         if time.monotonic() >= end:
-            raise Held(f"{shown(folder.name)}/ is being written by {shown(holder) or 'a process without a name'}")
+            raise Held(f"{escaped(folder.name)}/ is being written by {escaped(holder) or 'a process without a name'}")
         time.sleep(0.02)
     try:
         who = f"process {os.getpid()} on {platform.node()} ({' '.join(sys.argv)[:150]})"

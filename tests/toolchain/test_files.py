@@ -100,5 +100,5 @@ def test_a_folder_has_one_writer_who_is_named(tmp_path: Path) -> None:
 
 
 def test_what_others_wrote_is_shown_on_one_line() -> None:
-    assert errors.shown("a\x1b[31m\nb\u202e\udc80") == r"a\x1b[31m\nb\u202e\udc80"
-    assert errors.shown("x" * 300) == "x" * 200 + "..."
+    assert errors.escaped("a\x1b[31m\nb\u202e\udc80") == r"a\x1b[31m\nb\u202e\udc80"
+    assert errors.escaped("x" * 300) == "x" * 200 + "..."
