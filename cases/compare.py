@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from megaproof.quant.formats import BF16, E4M3
+from megaproof.quant.host_state import guarded
 
 _INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _UNIT = {torch.uint8: "E4M3", torch.bfloat16: "BF16", torch.float32: "fp32", torch.int32: "int32"}
@@ -21,11 +22,13 @@ def hold(holds: bool, rule: str) -> None:
         raise AssertionError(rule)
 
 
+@guarded
 def bits(tensor: Tensor) -> Tensor:
     """The bit patterns of a tensor, as integers of its width, on the CPU."""
     return tensor.cpu().contiguous().view(_INTEGER[tensor.element_size()])
 
 
+@guarded
 def same(stage: str, expected: Tensor, actual: Tensor, rows: Tensor | None = None, column: int = 0) -> int:
     """Number of elements compared. Raises `Differs` at the first element that differs.
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from megaproof.cases import inputs
 from megaproof.cases.cases import Case
 from megaproof.cases.inputs import Inputs
+from megaproof.quant.host_state import guarded
 from megaproof.reference.arguments import Dimensions
 from megaproof.reference.layer import LayerResult, moe_layer
 
@@ -48,6 +49,7 @@ def dimensions(case: Case, device: torch.device | str = "cpu") -> Dimensions:
     return Dimensions(case.ranks, shape.hidden, shape.topk, shape.experts, case.tokens, torch.device(device))
 
 
+@guarded
 def run_case(
     case: Case,
     device: torch.device | str | None = None,

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from megaproof.golden import tiles
 from megaproof.quant import tables
+from megaproof.quant.host_state import guarded
 from megaproof.toolchain.files import replace
 
 FOLDER = Path(__file__).resolve().parent / "silicon"
@@ -100,6 +101,7 @@ def vectors(chip: str, folder: Path = FOLDER, device: torch.device | str = "cpu"
         yield Vector(name, a.to(device), b.to(device), c.to(device), scale_d, bits.to(device))
 
 
+@guarded
 def verify(chip: str, folder: Path = FOLDER) -> dict[str, int]:
     """Checks every file and figure of a capture; counts what was checked. Raises SiliconError at the first fault."""
     section = entry(chip, folder)

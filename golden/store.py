@@ -23,6 +23,7 @@ from torch import Tensor
 
 from megaproof.cases import case_io
 from megaproof.cases.cases import Case
+from megaproof.quant.host_state import guarded
 from megaproof.quant.recipe import Recipe, RecipeError
 from megaproof.reference.stages import STAGES
 from megaproof.toolchain.files import replace
@@ -55,6 +56,7 @@ class Golden:
 # --- digests ----------------------------------------------------------------------------------------------------------
 
 
+@guarded
 def raw(tensor: Tensor) -> np.ndarray:
     """The bytes of a tensor, uint8 [rows, bytes of a row] (one row for a vector), little-endian."""
     flat = tensor.cpu().contiguous()
@@ -62,11 +64,13 @@ def raw(tensor: Tensor) -> np.ndarray:
     return flat.reshape(rows, -1).view(torch.uint8).numpy() if flat.numel() else np.empty((rows, 0), np.uint8)
 
 
+@guarded
 def stage_digest(tensor: Tensor) -> str:
     """sha256 over the bytes of a stage."""
     return hashlib.sha256(raw(tensor).tobytes()).hexdigest()
 
 
+@guarded
 def row_digests(tensor: Tensor) -> Tensor:
     """int64 [rows]: the first eight bytes of the sha256 of each row."""
     digests = [int.from_bytes(hashlib.sha256(row.tobytes()).digest()[:8], "little", signed=True) for row in raw(tensor)]
@@ -76,6 +80,7 @@ def row_digests(tensor: Tensor) -> Tensor:
 # --- making and reading -----------------------------------------------------------------------------------------------
 
 
+@guarded
 def make_entry(case: Case, inputs_sha256: str, trace: Mapping[str, Tensor], producer: str, reason: str) -> Golden:
     """The golden of a case from a trace of the layer."""
     stages = {name: trace[name] for name in STAGES}
@@ -165,6 +170,7 @@ def read_manifest_or_none(folder: Path = FOLDER) -> dict[str, Any]:
 # --- comparing --------------------------------------------------------------------------------------------------------
 
 
+@guarded
 def check(case: Case, golden: Golden, inputs_sha256: str, trace: Mapping[str, Tensor]) -> int:
     """Compares a trace with the golden, stage by stage; returns the number of bytes compared.
 

@@ -23,6 +23,7 @@ from megaproof.proof import tally
 from megaproof.proof.adapters import Adapter, Prepared
 from megaproof.proof.divergence import Divergence, compare_stages
 from megaproof.proof.exact import Exact
+from megaproof.quant.host_state import guarded
 from megaproof.reference.layer import LayerResult
 from megaproof.reference.stages import SHOWN
 
@@ -82,9 +83,7 @@ def prove(
     Raises `Convicted`.
     """
     fill = getattr(adapter, "fill", None)
-    twice = [2 * counts for counts in expected.stats]
-    doubled = LayerResult(expected.y, twice, {**(expected.trace or {}), "stats": torch.cat(twice)})
-    plan = [(prepared, expected, integers), (prepared, doubled, integers)]
+    plan = [(prepared, expected, integers), (prepared, _counted_twice(expected), integers)]
     if prepared.world != "gloo":  # its processes make their inputs from the case's seed, so they know whole cases only
         plan.append((*another_batch(prepared, expected), integers and integers.moved(turned)))
     plan = plan[:launches]
@@ -103,7 +102,7 @@ def prove(
             by_integers += _compare_integers(adapter, launch, wanted, exact)
         if problem.inputs.sha256() != digest:
             raise Convicted("inputs", launch, "the kernel wrote to its inputs", wanted.y)
-        previous = {name: tensor.clone() for name, tensor in stages.items()}
+        previous = _copied(stages)
     shown = tuple(name for name in SHOWN if name in stages)
     hidden = tuple(name for name in SHOWN if name not in stages)
     tally.add(adapter.name, compared, len(plan))
@@ -115,6 +114,18 @@ def turned(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [tensor[: max(1, len(tensor) - 1)].flip(0) for tensor in [*tensors[-1:], *tensors[:-1]]]
 
 
+@guarded
+def _copied(stages: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in stages.items()}
+
+
+@guarded
+def _counted_twice(expected: LayerResult) -> LayerResult:
+    twice = [2 * counts for counts in expected.stats]
+    return LayerResult(expected.y, twice, {**(expected.trace or {}), "stats": torch.cat(twice)})
+
+
+@guarded
 def another_batch(prepared: Prepared, expected: LayerResult) -> tuple[Prepared, LayerResult]:
     """(problem, its result) of the third launch."""
     made, case, trace = prepared.inputs, prepared.case, expected.trace
@@ -139,6 +150,7 @@ def another_batch(prepared: Prepared, expected: LayerResult) -> tuple[Prepared, 
     return dataclasses.replace(prepared, case=smaller, inputs=inputs, whole=False), LayerResult(y, stats, stages)
 
 
+@guarded
 def _compare(
     adapter: Adapter,
     stages: dict[str, Tensor],
@@ -177,6 +189,7 @@ def _compare(
     raise error
 
 
+@guarded
 def _compare_integers(adapter: Adapter, launch: int, wanted: LayerResult, exact: Exact) -> int:
     """Elements of the kernel's own y that int64 arithmetic has confirmed."""
     try:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megaproof.quant import tables
 from megaproof.quant.formats import BF16, E4M3, E8M13, F32_NAN, f32_bits, f32_from_bits, pow2
+from megaproof.quant.host_state import guarded_atom
 
 K_STEP = 32
 """Depth of one FP8 wgmma instruction."""
@@ -29,21 +30,25 @@ LOG2_E = 0x3FB8AA3B
 # --- conversions ------------------------------------------------------------------------------------------------------
 
 
+@guarded_atom
 def encode_e4m3(x: Tensor) -> Tensor:
     """cvt.rn.satfinite.e4m3x2.f32, one lane. float32 -> uint8: nearest even, saturating at 448, any NaN is 0x7f."""
     return E4M3.encode(x)
 
 
+@guarded_atom
 def decode_e4m3(codes: Tensor) -> Tensor:
     """uint8 -> float32, exactly; 0x7f and 0xff give NaN."""
     return E4M3.decode(codes)
 
 
+@guarded_atom
 def encode_bf16(x: Tensor) -> Tensor:
     """cvt.rn.bf16.f32. float32 -> bfloat16: nearest even, any NaN is 0x7fff."""
     return BF16.encode(x).view(torch.bfloat16)
 
 
+@guarded_atom
 def decode_bf16(x: Tensor) -> Tensor:
     """bfloat16 -> float32, exactly; any NaN gives 0x7fffffff."""
     check_bf16(x)
@@ -53,6 +58,7 @@ def decode_bf16(x: Tensor) -> Tensor:
 # --- minimum and maximum ----------------------------------------------------------------------------------------------
 
 
+@guarded_atom
 def fmin(a: Tensor, b: Tensor) -> Tensor:
     """min.f32, CUDA's fminf: the other operand where one is NaN, and -0 below +0. float32, broadcast."""
     a, b = torch.broadcast_tensors(a, b)
@@ -60,6 +66,7 @@ def fmin(a: Tensor, b: Tensor) -> Tensor:
     return _one_nan(torch.where(first & ~torch.isnan(a), a, b))
 
 
+@guarded_atom
 def fmax(a: Tensor, b: Tensor) -> Tensor:
     """max.f32, CUDA's fmaxf: the other operand where one is NaN, and +0 above -0. float32, broadcast."""
     return _one_nan(-fmin(-a, -b))
@@ -68,6 +75,7 @@ def fmax(a: Tensor, b: Tensor) -> Tensor:
 # --- fused multiply-add -----------------------------------------------------------------------------------------------
 
 
+@guarded_atom
 def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """fma.rn.f32: a * b + c rounded once. float32, broadcast like `a * b + c`; subnormals kept.
 
@@ -92,6 +100,7 @@ def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
 # --- the FP8 tensor core ----------------------------------------------------------------------------------------------
 
 
+@guarded_atom
 def wgmma_e4m3(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """wgmma.mma_async m64nNk32 f32.e4m3.e4m3, one k32 step: d = a @ b^T + c as the chip adds it up.
 
@@ -184,6 +193,7 @@ def by_tile(chain: Callable[[Tensor, Tensor, Tensor], Tensor], a: Tensor, b: Ten
     return torch.stack(out).reshape(c.shape) if out else torch.empty_like(c)
 
 
+@guarded_atom
 def wgmma_chain(a: Tensor, b: Tensor, c: Tensor | None = None) -> Tensor:
     """A chain of k32 steps in ascending k, each result the next step's accumulator.
 
@@ -204,6 +214,7 @@ def wgmma_chain(a: Tensor, b: Tensor, c: Tensor | None = None) -> Tensor:
 # --- the special-function unit ----------------------------------------------------------------------------------------
 
 
+@guarded_atom
 def rcp_approx(x: Tensor) -> Tensor:
     """rcp.approx.ftz.f32: about 1/x, float32 -> float32. Subnormal inputs count as zero, subnormal results are zero."""
     bits = f32_bits(x)
@@ -215,6 +226,7 @@ def rcp_approx(x: Tensor) -> Tensor:
     return _one_nan(f32_from_bits(torch.where(torch.isnan(x), F32_NAN, result | sign)))
 
 
+@guarded_atom
 def ex2_approx(x: Tensor) -> Tensor:
     """ex2.approx.ftz.f32: about 2^x, float32 -> float32. Subnormal inputs count as zero, subnormal results are zero."""
     bits = f32_bits(x)
@@ -232,6 +244,7 @@ def ex2_approx(x: Tensor) -> Tensor:
     return f32_from_bits(torch.where(torch.isnan(x), F32_NAN, result))
 
 
+@guarded_atom
 def expf(x: Tensor) -> Tensor:
     """expf of CUDA 13.0's libdevice without fast math, step by step; float32 -> float32, subnormal results kept."""
     check_f32("x", x)
@@ -243,6 +256,7 @@ def expf(x: Tensor) -> Tensor:
     return _one_nan(ex2_approx(f) * pow2(n))
 
 
+@guarded_atom
 def silu(x: Tensor, fast: bool) -> Tensor:
     """x * sigmoid(x), float32 -> float32. fast: ex2.approx and rcp.approx; else expf and an IEEE division."""
     check_f32("x", x)

@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megaproof.quant.host_state import guarded
+
 ROUNDS = 10
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -29,6 +31,7 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, i
     return c0, c1, c2, c3
 
 
+@guarded
 def words(seed: int, stream: int, count: int, start: int = 0, device: torch.device | str = "cpu") -> Tensor:
     """Words start .. start + count of (seed, stream): int64 [count] in [0, 2^32). seed, stream in [0, 2^64)."""
     check(seed, stream)
@@ -39,6 +42,7 @@ def words(seed: int, stream: int, count: int, start: int = 0, device: torch.devi
     return torch.stack(lanes, dim=1).reshape(-1)[start - 4 * first :][:count]
 
 
+@guarded
 def codes(seed: int, stream: int, count: int, lut: Tensor) -> Tensor:
     """uint8 [count] on lut's device: byte j of the stream (little-endian in its word) through lut, uint8 [256]."""
     check_lut(lut)

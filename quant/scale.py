@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megaproof.quant.formats import f32_bits, f32_from_bits, pow2
+from megaproof.quant.host_state import guarded_atom
 
 E4M3_MAX = 448.0
 RECIPROCAL_448_BITS = 0x3B124925
@@ -17,11 +18,13 @@ FP32_FLOOR = 1e-10
 """The fp32 scale kind's least amax, so that a zero group has a finite reciprocal."""
 
 
+@guarded_atom
 def amax_over_448(amax: Tensor) -> Tensor:
     """fl(amax * fl(1/448)): a multiplication, as the kernels have it. float32 -> float32."""
     return amax * f32_from_bits(torch.tensor(RECIPROCAL_448_BITS, device=amax.device))
 
 
+@guarded_atom
 def ue8m0_exponent(amax: Tensor) -> Tensor:
     """Eq. (5): least e with 2^e >= fl(amax * fl(1/448)), in [-126, 126]; int64. Equals ceil(log2(amax / 448)).
 
@@ -32,6 +35,7 @@ def ue8m0_exponent(amax: Tensor) -> Tensor:
     return exponent.clamp(-126, 126)
 
 
+@guarded_atom
 def activation_scale(amax: Tensor, kind: str, zero_group: str) -> tuple[Tensor, Tensor]:
     """Eq. (5): (scale factor to store, factor to multiply the values with before the cast), both float32 like amax.
 
@@ -51,6 +55,7 @@ def activation_scale(amax: Tensor, kind: str, zero_group: str) -> tuple[Tensor, 
     return stored, torch.div(torch.ones_like(stored), stored)
 
 
+@guarded_atom
 def input_scale(amax: Tensor) -> Tensor:
     """Scale of 128 input columns or of a 128x128 weight block: fl(amax / 448), a division; 1 for an all-zero group.
 

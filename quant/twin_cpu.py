@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megaproof.quant import atoms, lanes, tables
 from megaproof.quant.formats import F32_NAN
+from megaproof.quant.host_state import guarded, guarded_atom
 from megaproof.quant.philox import check, check_lut
 
 NAME = f"numba {numba.__version__} on the CPU"
@@ -80,6 +81,7 @@ def _chain(a, b, acc):
                     acc[m, first + j] = np.uint32(F32_NAN).view(np.float32)
 
 
+@guarded_atom
 def wgmma_chain(a: Tensor, b: Tensor, c: Tensor | None = None) -> Tensor:
     """See `atoms.wgmma_chain`."""
     atoms.check_chain(a, b, c)
@@ -88,6 +90,7 @@ def wgmma_chain(a: Tensor, b: Tensor, c: Tensor | None = None) -> Tensor:
     return acc
 
 
+@guarded_atom
 def wgmma_e4m3(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """See `atoms.wgmma_e4m3`."""
     return atoms.by_tile(wgmma_chain, a, b, c)
@@ -274,26 +277,31 @@ def _flat(x: Tensor, function: Callable[..., np.ndarray]) -> Tensor:
         return torch.from_numpy(function(flat)).reshape(x.shape)
 
 
+@guarded_atom
 def rcp_approx(x: Tensor) -> Tensor:
     """See `atoms.rcp_approx`."""
     return _looked_up(x, _rcp, "rcp")
 
 
+@guarded_atom
 def ex2_approx(x: Tensor) -> Tensor:
     """See `atoms.ex2_approx`."""
     return _looked_up(x, _ex2, "ex2")
 
 
+@guarded_atom
 def expf(x: Tensor) -> Tensor:
     """See `atoms.expf`."""
     return _looked_up(x, _expf, "ex2")
 
 
+@guarded_atom
 def silu(x: Tensor, fast: bool) -> Tensor:
     """See `atoms.silu`."""
     return _looked_up(x, _silu_fast, "rcp", "ex2") if fast else _looked_up(x, _silu_precise, "ex2")
 
 
+@guarded_atom
 def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """See `atoms.fma`."""
     for name, x in (("a", a), ("b", b), ("c", c)):
@@ -302,21 +310,25 @@ def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
         return torch.from_numpy(np.asarray(_fma(a.numpy(), b.numpy(), c.numpy())))
 
 
+@guarded_atom
 def encode_e4m3(x: Tensor) -> Tensor:
     """See `atoms.encode_e4m3`."""
     return _floats(x, _encode_e4m3)
 
 
+@guarded_atom
 def decode_e4m3(codes: Tensor) -> Tensor:
     """See `atoms.decode_e4m3`."""
     return _flat(codes, _decode_e4m3)
 
 
+@guarded_atom
 def encode_bf16(x: Tensor) -> Tensor:
     """See `atoms.encode_bf16`."""
     return _floats(x, _encode_bf16).view(torch.bfloat16)
 
 
+@guarded_atom
 def decode_bf16(x: Tensor) -> Tensor:
     """See `atoms.decode_bf16`."""
     atoms.check_bf16(x)
@@ -336,6 +348,7 @@ def _philox_codes(seed, stream, lut, out):
             out[16 * block + i] = lut[raw[i]]
 
 
+@guarded
 def codes(seed: int, stream: int, count: int, lut: Tensor) -> Tensor:
     """See `philox.codes`."""
     check(seed, stream)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megaproof.quant import atoms, tables
+from megaproof.quant.host_state import guarded, guarded_atom
 from megaproof.quant.philox import check, check_lut
 from megaproof.toolchain.program import Program
 
@@ -75,26 +76,31 @@ def _map(name: str, x: Tensor, out_dtype: torch.dtype, y: Tensor | None = None, 
     return out
 
 
+@guarded_atom
 def rcp_approx(x: Tensor) -> Tensor:
     """See `atoms.rcp_approx`."""
     return _map("rcp_approx", x, torch.float32)
 
 
+@guarded_atom
 def ex2_approx(x: Tensor) -> Tensor:
     """See `atoms.ex2_approx`."""
     return _map("ex2_approx", x, torch.float32)
 
 
+@guarded_atom
 def expf(x: Tensor) -> Tensor:
     """See `atoms.expf`."""
     return _map("expf", x, torch.float32)
 
 
+@guarded_atom
 def silu(x: Tensor, fast: bool) -> Tensor:
     """See `atoms.silu`."""
     return _map("silu_fast" if fast else "silu_precise", x, torch.float32)
 
 
+@guarded_atom
 def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """See `atoms.fma`."""
     for operand, t in (("a", a), ("b", b), ("c", c)):
@@ -103,27 +109,32 @@ def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     return _map("fma", a, torch.float32, b, c)
 
 
+@guarded_atom
 def encode_e4m3(x: Tensor) -> Tensor:
     """See `atoms.encode_e4m3`."""
     return _map("encode_e4m3", x, torch.uint8)
 
 
+@guarded_atom
 def decode_e4m3(codes: Tensor) -> Tensor:
     """See `atoms.decode_e4m3`."""
     return _map("decode_e4m3", codes, torch.float32)
 
 
+@guarded_atom
 def encode_bf16(x: Tensor) -> Tensor:
     """See `atoms.encode_bf16`."""
     return _map("encode_bf16", x, torch.bfloat16)
 
 
+@guarded_atom
 def decode_bf16(x: Tensor) -> Tensor:
     """See `atoms.decode_bf16`."""
     atoms.check_bf16(x)
     return _map("decode_bf16", x, torch.float32)
 
 
+@guarded_atom
 def wgmma_chain(a: Tensor, b: Tensor, c: Tensor | None = None) -> Tensor:
     """See `atoms.wgmma_chain`. Rows may be strided by a multiple of 8 bytes (a K block of a larger matrix)."""
     depth = atoms.check_chain(a, b, c)
@@ -138,6 +149,7 @@ def wgmma_chain(a: Tensor, b: Tensor, c: Tensor | None = None) -> Tensor:
     return acc
 
 
+@guarded_atom
 def wgmma_e4m3(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """See `atoms.wgmma_e4m3`."""
     return atoms.by_tile(wgmma_chain, a, b, c)
@@ -148,6 +160,7 @@ def _rows(x: Tensor) -> Tensor:
     return x if aligned else x.contiguous().clone()
 
 
+@guarded
 def codes(seed: int, stream: int, count: int, lut: Tensor) -> Tensor:
     """See `philox.codes`."""
     check(seed, stream)

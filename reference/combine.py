@@ -10,10 +10,12 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from megaproof.quant.host_state import guarded
 from megaproof.quant.recipe import Recipe
 from megaproof.reference.dispatch import Routes
 
 
+@guarded
 def combine(
     recipe: Recipe, slots: Tensor, where: Routes, weight: Tensor, tokens: tuple[int, ...], topk: int, arith: ModuleType
 ) -> list[Tensor]:

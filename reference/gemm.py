@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from megaproof.quant.cast import BLOCK
+from megaproof.quant.host_state import guarded
 from megaproof.quant.recipe import Recipe
 from megaproof.reference.operands import Operand
 
 
+@guarded
 def promoted(a: Tensor, a_sf: Tensor, w: Operand, group: int, arith: ModuleType) -> Tensor:
     """Returns a @ w^T, scaled, float32 [m, N]: sum = fma(fl(s_a[b] * s_w[b]), acc_b, sum), b ascending from sum = 0.
 
@@ -31,6 +33,7 @@ def promoted(a: Tensor, a_sf: Tensor, w: Operand, group: int, arith: ModuleType)
     return total
 
 
+@guarded
 def gemm1(recipe: Recipe, acts: Tensor, acts_sf: Tensor, w: Operand, arith: ModuleType) -> tuple[Tensor, Tensor]:
     """Eq. (2), Eq. (3): returns gate and up, float32 [m, I] each.
 
@@ -43,6 +46,7 @@ def gemm1(recipe: Recipe, acts: Tensor, acts_sf: Tensor, w: Operand, arith: Modu
     return gate.contiguous(), up.contiguous()
 
 
+@guarded
 def gemm2(recipe: Recipe, acts: Tensor, acts_sf: Tensor, w: Operand, arith: ModuleType) -> Tensor:
     """Eq. (6): returns the output rows, float32 [m, H].
 

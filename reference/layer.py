@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megaproof.quant.host_state import guarded, plain
 from megaproof.quant.recipe import Recipe
 from megaproof.quant.twin import arith as compiled_arith
 from megaproof.reference import dispatch, gemm, scatter, swiglu
@@ -35,6 +36,7 @@ class LayerResult:
     rank."""
 
 
+@guarded
 def moe_layer(
     recipe: Recipe,
     x: Sequence[Tensor],
@@ -79,6 +81,7 @@ def moe_layer(
     return LayerResult(y, counts, {name: stages[name] for name in STAGES} | {"rows": where.triples()})
 
 
+@guarded
 def through_experts(
     recipe: Recipe,
     where: dispatch.Routes,
@@ -115,7 +118,7 @@ def through_experts(
     busy = where.expert.unique().tolist()
     parts: list[tuple[Tensor, dict[str, Tensor]]] = []
     width = 0
-    for done, (rows, intermediate, made, out) in enumerate(_side_by_side(expert, busy, device), start=1):
+    for done, (rows, intermediate, made, out) in enumerate(_side_by_side(guarded(expert), busy, device), start=1):
         width = width or intermediate
         check_same_width(busy[done - 1], intermediate, width)
         slots[rows] = out
@@ -129,7 +132,7 @@ def through_experts(
 def _checked(recipe: Recipe, weights: Weights, e: int, hidden: int) -> ExpertWeights:
     found = weights(e)
     check_weights(recipe, e, found, hidden)
-    return found
+    return ExpertWeights(*(w._replace(codes=plain(w.codes), scales=plain(w.scales)) for w in found))
 
 
 def _side_by_side(expert: Callable[[int], Any], busy: list[int], device: torch.device) -> Iterator[Any]:

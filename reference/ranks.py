@@ -17,6 +17,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from megaproof.quant.host_state import guarded
 from megaproof.quant.recipe import Recipe
 from megaproof.quant.twin import arith as compiled_arith
 from megaproof.reference import dispatch, layout
@@ -47,6 +48,7 @@ class RankResult:
     active slots): slots."""
 
 
+@guarded
 def rank_layer(
     exchange: Exchange,
     rank: int,
@@ -148,6 +150,7 @@ def _order(places: Tensor, topk: int) -> Tensor:
     return torch.argsort(key, stable=True)
 
 
+@guarded
 def gather(dimensions: Dimensions, results: Sequence[RankResult]) -> LayerResult:
     """The ranks' results as `moe_layer` returns them, trace included where the ranks kept theirs.
 
@@ -171,6 +174,7 @@ def gather(dimensions: Dimensions, results: Sequence[RankResult]) -> LayerResult
     return LayerResult(y, stats, {name: stages[name] for name in STAGES} | {"rows": rows})
 
 
+@guarded
 def run_ranks(
     recipe: Recipe,
     x: Sequence[Tensor],

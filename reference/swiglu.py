@@ -11,9 +11,11 @@ from torch import Tensor
 
 from megaproof.quant.atoms import fmax, fmin
 from megaproof.quant.cast import quantise_activation
+from megaproof.quant.host_state import guarded
 from megaproof.quant.recipe import Recipe
 
 
+@guarded
 def clamp(recipe: Recipe, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """Returns gate = min(gate, c), without a lower clamp, and up = min(max(up, -c), c); float32 [m, I] each.
 
@@ -25,6 +27,7 @@ def clamp(recipe: Recipe, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     return fmin(gate, c), fmin(fmax(up, -c), c)
 
 
+@guarded
 def activate(recipe: Recipe, gate: Tensor, up: Tensor, weight: Tensor, arith: ModuleType) -> Tensor:
     """Eq. (4): returns v = fl(fl(silu(gate) * up) * weight), float32 [m, I].
 
@@ -35,6 +38,7 @@ def activate(recipe: Recipe, gate: Tensor, up: Tensor, weight: Tensor, arith: Mo
     return v * weight[:, None] if recipe.weight_fold == "before_quantisation" else v
 
 
+@guarded
 def requantise(recipe: Recipe, v: Tensor) -> tuple[Tensor, Tensor]:
     """Eq. (5): returns v, float32 [m, I], as E4M3 codes uint8 [m, I] and scales float32 [m, I/granularity]."""
     return quantise_activation(v, recipe.activation_granularity, recipe.activation_scale, recipe.zero_group)

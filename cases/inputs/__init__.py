@@ -20,6 +20,7 @@ from megaproof.cases.inputs.families import make_gaussian, make_heavy_tail, make
 from megaproof.cases.inputs.lattice import make_lattice
 from megaproof.cases.inputs.position import make_position
 from megaproof.quant import philox
+from megaproof.quant.host_state import guarded
 from megaproof.reference.layout import owner
 from megaproof.reference.operands import Weights
 
@@ -38,6 +39,7 @@ class Inputs:
         """In the order that `moe_layer` takes them."""
         return self.x, self.x_sf, self.topk_idx, self.topk_weights, self.weights
 
+    @guarded
     def sha256(self) -> str:
         """Digest of everything but the weights (they follow from seed and expert)."""
         digest = hashlib.sha256()
@@ -89,6 +91,7 @@ ROUTINGS: dict[str, Callable[[Case, Tensor], Tensor]] = {
 }
 
 
+@guarded
 def route(case: Case, rank: int) -> Tensor:
     """int64 [T_r, K]: distinct experts a token, the smallest keys; masked slots are -1."""
     tokens, experts, topk = case.tokens[rank], case.shape.experts, case.shape.topk
@@ -101,12 +104,13 @@ def route(case: Case, rank: int) -> Tensor:
 # --- the case ---------------------------------------------------------------------------------------------------------
 
 
+@guarded
 def make(case: Case, device: torch.device | str = "cpu") -> Inputs:
     """The case's arguments on a device. Deterministic in the case alone."""
     device = torch.device(device)
     topk_idx = [route(case, rank) for rank in range(case.ranks)]
     x, x_sf, topk_weights, weights = FAMILIES[case.family](case, topk_idx, device)
-    return Inputs(x, x_sf, [idx.to(device) for idx in topk_idx], topk_weights, weights)
+    return Inputs(x, x_sf, [idx.to(device) for idx in topk_idx], topk_weights, guarded(weights))
 
 
 def _make_lattice(case: Case, topk_idx: list[Tensor], device: torch.device) -> Drawn:
