@@ -18,6 +18,7 @@ from megaproof.reference import dispatch, gemm, scatter, swiglu
 from megaproof.reference.arguments import check, check_same_width, check_source, check_weights
 from megaproof.reference.combine import combine
 from megaproof.reference.operands import ExpertWeights, Weights
+from megaproof.reference.remembering import Remembering
 from megaproof.reference.stages import POOL_STAGES, STAGES
 from megaproof.reference.stats import accumulate
 
@@ -104,29 +105,43 @@ def through_experts(
     check_source(weights)
     hidden, device = l1_acts.shape[1], l1_acts.device
 
-    def expert(e: int) -> tuple[Tensor, int, dict[str, Tensor], Tensor]:
+    def expert(e: int) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         rows = where.of_expert(e)  # m of the n rows
-        w = _checked(recipe, weights, e, hidden)
-        gate, up = gemm.gemm1(recipe, l1_acts[rows], l1_acts_sf[rows], w.l1, arith)  # Eq. (2), Eq. (3)  [m, I]
-        v = swiglu.activate(recipe, gate, up, weight[rows], arith)  # Eq. (4)  [m, I]
-        l2_acts, l2_acts_sf = swiglu.requantise(recipe, v)  # Eq. (5)  [m, I]
-        out = gemm.gemm2(recipe, l2_acts, l2_acts_sf, w.l2, arith)  # Eq. (6)  [m, H]
-        made = {"l2_acts": l2_acts, "l2_acts_sf": l2_acts_sf}
-        return rows, v.shape[1], made, scatter.to_slot(out, arith)  # Eq. (7)  [m, H]
+
+        def compute(acts: Tensor, acts_sf: Tensor, weight: Tensor) -> dict[str, Tensor]:
+            return _through_one(recipe, _checked(recipe, weights, e, hidden), acts, acts_sf, weight, arith)
+
+        own = l1_acts[rows], l1_acts_sf[rows], weight[rows]
+        remembers = isinstance(weights, Remembering)
+        made = weights.once((e, recipe, arith), compute, *own) if remembers else compute(*own)
+        out = made.pop("slots")
+        return rows, made, out
 
     slots = torch.empty(len(where), hidden, dtype=torch.bfloat16, device=device)
     busy = where.expert.unique().tolist()
     parts: list[tuple[Tensor, dict[str, Tensor]]] = []
     width = 0
-    for done, (rows, intermediate, made, out) in enumerate(_side_by_side(guarded(expert), busy, device), start=1):
-        width = width or intermediate
-        check_same_width(busy[done - 1], intermediate, width)
+    for done, (rows, made, out) in enumerate(_side_by_side(guarded(expert), busy, device), start=1):
+        width = width or made["l2_acts"].shape[1]
+        check_same_width(busy[done - 1], made["l2_acts"].shape[1], width)
         slots[rows] = out
         if keep:
             parts.append((rows, made))
         if progress:
             progress(done, len(busy))
     return _in_row_order(parts, recipe), slots
+
+
+def _through_one(
+    recipe: Recipe, w: ExpertWeights, l1_acts: Tensor, l1_acts_sf: Tensor, weight: Tensor, arith: ModuleType
+) -> dict[str, Tensor]:
+    """Eq. (2) to (7): m rows through one expert. Returns the stages that it makes, m rows each, by name."""
+    gate, up = gemm.gemm1(recipe, l1_acts, l1_acts_sf, w.l1, arith)  # Eq. (2), Eq. (3)  [m, I]
+    v = swiglu.activate(recipe, gate, up, weight, arith)  # Eq. (4)  [m, I]
+    l2_acts, l2_acts_sf = swiglu.requantise(recipe, v)  # Eq. (5)  [m, I]
+    made = {"l2_acts": l2_acts, "l2_acts_sf": l2_acts_sf}
+    out = gemm.gemm2(recipe, l2_acts, l2_acts_sf, w.l2, arith)  # Eq. (6)  [m, H]
+    return {**made, "slots": scatter.to_slot(out, arith)}  # Eq. (7)  [m, H]
 
 
 def _checked(recipe: Recipe, weights: Weights, e: int, hidden: int) -> ExpertWeights:
