@@ -9,11 +9,12 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Generator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megaproof.proof import header, options, reproduce, selection, tally
+from megaproof.proof import header, one_name, options, reproduce, selection, tally
 from megaproof.proof.record import NOT_CLAIMED, Record
 from megaproof.proof.verdicts import (
     CASE_PROPERTY,
@@ -101,6 +102,16 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 
 
 # ---- Collection ------------------------------------------------------------------------------------------------------
+
+
+def pytest_collect_directory(path: Path, parent: pytest.Collector) -> pytest.Collector | None:
+    """See proof/one_name.py."""
+    return one_name.directory(path, parent)
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
+    """See proof/one_name.py."""
+    return one_name.module(module_path, parent)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -78,3 +78,12 @@ def test_pytest_in_the_checkout(theirs: Path) -> None:
     done = run(theirs, "-m", "pytest", *options, *files, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout
+
+
+def test_the_gate_from_their_folder(theirs: Path) -> None:
+    """All but their conftest.py, which pytest itself runs: in that folder it is the right one."""
+    (theirs / "conftest.py").unlink()
+    options = ["-q", "-p", "no:cacheprovider", "-p", "megaproof.proof.plugin", "--pyargs", "megaproof.proof.gate"]
+    done = run(theirs, "-m", "pytest", *options, "-k", "smoke-r1-t0-clampnone-fast1-uniform-mask100")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "7 passed" in done.stdout
