@@ -214,7 +214,7 @@ def capture(
     except EnvironmentMissing as error:
         console.print(f"environment: {error}", highlight=False, soft_wrap=True)
         raise typer.Exit(3) from None
-    except (BuildError, capturing.Differs) as error:
+    except (BuildError, capturing.ChipDiffers) as error:
         console.print(f"[red]{error}[/]", highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None
 

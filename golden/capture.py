@@ -54,7 +54,7 @@ QUICK = Effort(1, 1 << 18, 1, 1 << 22, 1 << 25, 1 << 25)
 BRING_UP = Effort(1, 1, 1, 1 << 20, 1 << 20, 1 << 20)
 
 
-class Chip(Protocol):
+class ChipUnderTest(Protocol):
     """The instructions of a chip; megaproof.kernel.programs.probe.Probes is the real one."""
 
     device: Device
@@ -87,11 +87,11 @@ EXPECTED: dict[str, Callable[[Tensor], Tensor]] = {
 """Sweep -> what the atoms predict for it, compared bit for bit."""
 
 
-class Differs(RuntimeError):
+class ChipDiffers(RuntimeError):
     """The chip and the atoms disagree; nothing was written (exit status 1)."""
 
 
-class Comparison:
+class MismatchCount:
     """Counts outputs and mismatches of one name, keeps a digest, prints the first mismatches with their inputs."""
 
     def __init__(self, name: str, console: Console) -> None:
@@ -119,8 +119,8 @@ class Comparison:
 def run(out_dir: Path = silicon.FOLDER, quick: bool = False, console: Console | None = None) -> dict[str, Any]:
     """Captures the current device into out_dir and returns its section of the manifest.
 
-    quick: a small part of everything, and nothing is written. Raises EnvironmentMissing without an SM90 chip, Differs
-    when an output is not what the atoms predict.
+    quick: a small part of everything, and nothing is written. Raises EnvironmentMissing without an SM90 chip, and
+    ChipDiffers when an output is not what the atoms predict.
     """
     chip, console = Probes(), console or Console()
     section, files = measure(chip, QUICK if quick else FULL, versions(chip.built), console)
@@ -137,9 +137,9 @@ def bring_up(console: Console | None = None) -> dict[str, Any]:
 
 
 def measure(
-    chip: Chip, effort: Effort, about: dict[str, str], console: Console
+    chip: ChipUnderTest, effort: Effort, about: dict[str, str], console: Console
 ) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """The manifest's section of a chip, `about` included, and its data files by name. Raises Differs."""
+    """The manifest's section of a chip, `about` included, and its data files by name. Raises ChipDiffers."""
     device = f"cuda:{chip.device.index}" if chip.device.index >= 0 else "cpu"
     files: dict[str, bytes] = {}
     section: dict[str, Any] = {"device": chip.device.name, "driver": chip.device.driver, **about, "tables": {}}
@@ -151,7 +151,7 @@ def measure(
         table = bits.cpu().numpy()
         blob = tables.encode_table(name, table)
         if not np.array_equal(tables.decode_table(name, blob), table):
-            raise Differs(f"table {name} of {chip.device.chip} does not survive its own packing")
+            raise ChipDiffers(f"table {name} of {chip.device.chip} does not survive its own packing")
         file = silicon.pack(files, name, {name: torch.from_numpy(blob.copy())})
         section["tables"][name] = {**file, "sha256": tables.digest(table)}
         console.print(f"table {name}: {blob.size:,} bytes packed, sha256 {tables.digest(table)[:16]}")
@@ -163,7 +163,9 @@ def measure(
         section["sweeps"] = run("sweep", EXPECTED, compare_sweep)
         wrong = [name for kind in ("wgmma", "fma", "sweeps") for name, r in section[kind].items() if r["mismatches"]]
         if wrong:
-            raise Differs(f"{chip.device.chip} and quant/atoms.py differ in {', '.join(wrong)}; nothing was written")
+            raise ChipDiffers(
+                f"{chip.device.chip} and quant/atoms.py differ in {', '.join(wrong)}; nothing was written"
+            )
 
     outputs, groups = capture_vectors(chip, device)
     section["vectors"] = {**silicon.pack(files, "wgmma", outputs), "groups": groups}
@@ -177,14 +179,14 @@ def versions(built: Built) -> dict[str, str]:
     return {**made, "date": date}
 
 
-def capture_tables(chip: Chip, device: str) -> dict[str, Tensor]:
+def capture_tables(chip: ChipUnderTest, device: str) -> dict[str, Tensor]:
     """int32 [2^23] each: fp32 bits of rcp.approx over [1, 2) and of ex2.approx at i / 2^23."""
     fractions = torch.arange(tables.SIZE, device=device).to(torch.float32) * 2.0**-23  # exact
     ex2 = chip.sweep("ex2", 0, tables.SIZE, fractions.view(torch.int32))
     return {"rcp": chip.sweep("rcp", 0x3F800000, tables.SIZE), "ex2": ex2}
 
 
-def capture_vectors(chip: Chip, device: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def capture_vectors(chip: ChipUnderTest, device: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The chip's outputs for a few tiles of every family and width, the same from both sources of A."""
     outputs, groups = {}, {}
     for family, spec in tiles.FAMILIES.items():
@@ -192,7 +194,9 @@ def capture_vectors(chip: Chip, device: str) -> tuple[dict[str, Tensor], dict[st
             a, b, c = tiles.tiles(family, n, cases, device=device)
             shared, registers = (chip.wgmma(a, b, c, spec.scale_d, source) for source in ("shared", "registers"))
             if not torch.equal(shared, registers):
-                raise Differs(f"wgmma {family} n{n}: A from shared memory and from registers give different outputs")
+                raise ChipDiffers(
+                    f"wgmma {family} n{n}: A from shared memory and from registers give different outputs"
+                )
             name = f"{family}.n{n}"
             outputs[name] = shared.cpu()
             groups[name] = {"family": family, "n": n, "cases": cases, "inputs_sha256": tiles.input_digest(a, b, c)}
@@ -207,7 +211,7 @@ def predict_wgmma(a: Tensor, b: Tensor, c: Tensor, scale_d: bool) -> Tensor:
     return acc.view(torch.int32)
 
 
-def compare_wgmma(chip: Chip, family: str, effort: Effort, device: str, total: Comparison) -> None:
+def compare_wgmma(chip: ChipUnderTest, family: str, effort: Effort, device: str, total: MismatchCount) -> None:
     """Tiles of every width through both sources of A."""
     scale_d = tiles.FAMILIES[family].scale_d
     for n in WIDTHS:
@@ -219,7 +223,7 @@ def compare_wgmma(chip: Chip, family: str, effort: Effort, device: str, total: C
                 total.add(chip.wgmma(a, b, c, scale_d, source), model, where.format)
 
 
-def compare_fma(chip: Chip, family: str, effort: Effort, device: str, total: Comparison) -> None:
+def compare_fma(chip: ChipUnderTest, family: str, effort: Effort, device: str, total: MismatchCount) -> None:
     """Triples of a family."""
     for part in range(effort.fma_parts):
         a, b, c = triples.triples(family, effort.triples, part, device)
@@ -230,7 +234,7 @@ def compare_fma(chip: Chip, family: str, effort: Effort, device: str, total: Com
         total.add(chip.fma(a, b, c), _bits(atoms.fma(a, b, c)), describe)
 
 
-def compare_sweep(chip: Chip, name: str, effort: Effort, device: str, total: Comparison) -> None:
+def compare_sweep(chip: ChipUnderTest, name: str, effort: Effort, device: str, total: MismatchCount) -> None:
     """A function over fp32 bit patterns."""
     stride = silicon.ALL_INPUTS // effort.inputs
     for start in range(0, effort.inputs, effort.chunk):
@@ -250,14 +254,14 @@ def _each(
     kind: str,
     names: Iterable[str],
     compare: Callable[..., None],
-    chip: Chip,
+    chip: ChipUnderTest,
     effort: Effort,
     device: str,
     console: Console,
 ) -> dict[str, Any]:
     results = {}
     for name in names:
-        total, begun = Comparison(name, console), time.perf_counter()
+        total, begun = MismatchCount(name, console), time.perf_counter()
         compare(chip, name, effort, device, total)
         results[name] = total.result()
         seconds = time.perf_counter() - begun
@@ -289,7 +293,7 @@ def main() -> None:
     except EnvironmentMissing as error:
         print(f"environment: {error}", file=sys.stderr)
         sys.exit(3)
-    except (BuildError, Differs) as error:
+    except (BuildError, ChipDiffers) as error:
         print(error, file=sys.stderr)
         sys.exit(1)
 

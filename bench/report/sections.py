@@ -12,7 +12,7 @@ from megaproof.bench.model import floor
 from megaproof.bench.model.chips import CHIPS, Chip
 from megaproof.bench.report import derived
 from megaproof.bench.report.results import POINTS, ReportError, Results, chip_of, chosen
-from megaproof.bench.report.targets import TARGETS, Verdict, verdict
+from megaproof.bench.report.targets import TARGETS, TargetVerdict, verdict
 from megaproof.quant.shapes import SHAPES
 
 PICTURE = "sweep.svg"
@@ -227,7 +227,7 @@ def _targets(rows: Mapping[str, list[Row]], chip: Chip) -> str:
     return _table(["target", "met at", "missed at", "not measured at"], lines, "---")
 
 
-def _target(text: str, said: Verdict) -> list[str]:
+def _target(text: str, said: TargetVerdict) -> list[str]:
     if not said.points:
         return [text, "not measured", "", ""]
     return [text, f"{said.met} of {said.points} points", said.misses, said.unmeasured]

@@ -78,7 +78,7 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class TargetVerdict:
     """How many points meet a target, of how many; the others and those that were not measured, in words."""
 
     met: int
@@ -156,7 +156,7 @@ TARGETS = (
 )
 
 
-def verdict(target: Target, rows: Mapping[str, list[Row]], chip: Chip | None) -> Verdict:
+def verdict(target: Target, rows: Mapping[str, list[Row]], chip: Chip | None) -> TargetVerdict:
     """rows: by name of the result, with what derived.py adds; a result that is missing was not measured. chip: theirs,
     whose peers they are put beside."""
     measured = target.measured(rows.get(target.result, []))
@@ -165,7 +165,7 @@ def verdict(target: Target, rows: Mapping[str, list[Row]], chip: Chip | None) ->
     partly = {name for name, _ in have}
     lacking = [(name, tokens) for name, tokens in target.wanted(rows, chip) if (name, tokens) not in have]
     unmeasured = {(name, tokens if name in partly else None): "" for name, tokens in lacking}
-    return Verdict(len(measured) - len(misses), len(measured), _said(misses), _said(unmeasured))
+    return TargetVerdict(len(measured) - len(misses), len(measured), _said(misses), _said(unmeasured))
 
 
 def _said(values: Mapping[Place, str]) -> str:

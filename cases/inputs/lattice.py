@@ -46,7 +46,7 @@ SIGNS = torch.tensor([ONE] * 96 + [MINUS_ONE] * 96 + [0] * 64, dtype=torch.uint8
 
 
 @dataclass(frozen=True)
-class Plan:
+class LatticePlan:
     """What all tokens and experts of a layer share; tensors on the CPU."""
 
     seed: int
@@ -109,7 +109,7 @@ def make_lattice(
     return x, x_sf, topk_weights, weights
 
 
-def make_plan(hidden: int, intermediate: int, seed: int) -> Plan:
+def make_plan(hidden: int, intermediate: int, seed: int) -> LatticePlan:
     """The pairs, from a permutation of the columns within the blocks of each weight."""
     blocks = hidden // BLOCK
     doubled = (torch.arange(blocks) % 4 >= 2).long()
@@ -125,10 +125,10 @@ def make_plan(hidden: int, intermediate: int, seed: int) -> Plan:
     single = first[0].numel()
     fields = min(8, (single - CONSTANTS) // (2 * CLASSES * COPIES))
     x_exp = _draw(seed, PLAN, 1, blocks, 7) - 3
-    return Plan(seed, hidden, intermediate, source, doubled, x_exp, fields, single)
+    return LatticePlan(seed, hidden, intermediate, source, doubled, x_exp, fields, single)
 
 
-def make_expert(plan: Plan, expert: int, device: torch.device | str) -> ExpertWeights:
+def make_expert(plan: LatticePlan, expert: int, device: torch.device | str) -> ExpertWeights:
     """One expert's weights: noise that cancels over each pair, and the pairs that count."""
     seed, hidden, intermediate = plan.seed, plan.hidden, plan.intermediate
     pairs, lut = hidden // 2, SIGNS.to(device)
@@ -156,7 +156,7 @@ def _columns(x: Tensor, index: Tensor) -> Tensor:
     return torch.from_numpy(np.take(x.numpy(), index.numpy(), axis=1))
 
 
-def _tokens(plan: Plan, rank: int, tokens: int, device: torch.device | str) -> Tensor:
+def _tokens(plan: LatticePlan, rank: int, tokens: int, device: torch.device | str) -> Tensor:
     """x uint8 [tokens, H] of one rank: both columns of a pair get the pair's code."""
     pairs = plan.hidden // 2
     code = twin.codes(plan.seed, FREE + rank, tokens * pairs, SIGNS.to(device)).view(tokens, pairs)
@@ -175,7 +175,7 @@ def _routing_weights(seed: int, rank: int, tokens: int, topk: int) -> Tensor:
     return torch.where(draw >> 3 >= 7, torch.where(draw & 4 != 0, 0.0, signed), signed)
 
 
-def _signals(plan: Plan, expert: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _signals(plan: LatticePlan, expert: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The pairs whose codes don't cancel: (row of w1, pair, total of the two codes, half that holds a total of +-1)."""
     size, groups = plan.intermediate, plan.intermediate // GROUP
     up_terms = UP_TERMS if plan.doubled.any() else (sum(UP_TERMS) + UP_TERMS[1], 0)

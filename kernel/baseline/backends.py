@@ -84,7 +84,7 @@ class Stacked:
         return cls(Operand(*stacks[:2]), Operand(*stacks[2:]))
 
 
-class Exact:
+class ExactGemms:
     """The GPU twin (`quant/twin.py`) through `megaproof.reference.gemm`: the reference's own sums."""
 
     def __init__(self, recipe: Recipe, weights: Weights, sizes: Sizes, device: torch.device) -> None:
@@ -198,8 +198,8 @@ def _deep_gemm() -> ModuleType:
     return importlib.import_module("deep_gemm")
 
 
-BACKENDS: dict[str, type[Exact | TensorCore | DeepGemm]] = {
-    "exact": Exact,
+BACKENDS: dict[str, type[ExactGemms | TensorCore | DeepGemm]] = {
+    "exact": ExactGemms,
     "triton": TensorCore,
     "deep_gemm": DeepGemm,
 }

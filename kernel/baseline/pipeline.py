@@ -29,7 +29,7 @@ def claims(recipe: Recipe) -> str | None:
 
 
 @dataclass(frozen=True)
-class Pool:
+class SortedRows:
     """Where every slot's row stands: sorted by expert, then by (rank, token, slot); masked slots last."""
 
     slot: Tensor
@@ -38,7 +38,7 @@ class Pool:
     """int64 [E+1]: first pool row of each expert. Expert e's rank owns the rows of its experts: a slice."""
 
     @classmethod
-    def of(cls, topk_idx: Tensor, experts: int) -> Pool:
+    def of(cls, topk_idx: Tensor, experts: int) -> SortedRows:
         """topk_idx int64 [T, K] of all ranks; nothing is read back from the device."""
         key = torch.where(topk_idx < 0, experts, topk_idx).flatten().to(torch.int32)
         expert, slot = torch.sort(key, stable=True)
@@ -88,7 +88,7 @@ class Result:
     """int32 [E_loc] by rank."""
     gemm: str
     """The back end of the GEMMs that ran."""
-    buffers: Buffers
+    buffers: StageBuffers
     active: Tensor
     """int64 [n]: numbers of the active slots, ascending."""
 
@@ -101,10 +101,10 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Buffers:
+class StageBuffers:
     """Everything one forward pass wrote. Rows of the first four stand in pool order."""
 
-    pool: Pool
+    pool: SortedRows
     l1_acts: Tensor
     l1_acts_sf: Tensor
     l2_acts: Tensor
@@ -157,13 +157,13 @@ class Baseline:
         active = (idx.flatten() >= 0).nonzero().squeeze(1)
         return Result(list(buffers.y.split(list(problem.tokens))), counts, self.gemm.name, buffers, active)
 
-    def forward(self, x: Tensor, x_sf: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> Buffers:
+    def forward(self, x: Tensor, x_sf: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> StageBuffers:
         """What is timed: the tokens of all ranks, one after the other, on the device. It checks nothing.
 
         With 'triton' and 'deep_gemm' nothing is read back from the device, so the whole pass can be queued at once.
         """
         tokens, topk = topk_idx.shape
-        pool = Pool.of(topk_idx, self.experts)
+        pool = SortedRows.of(topk_idx, self.experts)
         token = pool.slot // topk
         l1_acts, l1_acts_sf = x[token], x_sf[token]  # Eq. (1)
         gate_up = self.gemm.gemm1(l1_acts, l1_acts_sf, pool.offsets)  # Eq. (2), Eq. (3)
@@ -172,4 +172,4 @@ class Baseline:
         out = self.gemm.gemm2(l2_acts, l2_acts_sf, pool.offsets)  # Eq. (6), Eq. (7)
         slots = torch.empty_like(out).index_copy_(0, pool.slot, out).view(tokens, topk, out.shape[1])
         y = combine(slots, topk_idx)  # Eq. (8)
-        return Buffers(pool, l1_acts, l1_acts_sf, l2_acts, l2_acts_sf, slots, y)
+        return StageBuffers(pool, l1_acts, l1_acts_sf, l2_acts, l2_acts_sf, slots, y)

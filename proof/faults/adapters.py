@@ -199,7 +199,7 @@ WRONG: dict[str, tuple[Callable[[], ReferenceAdapter], str]] = {
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Trial:
     """What the proof, and what tolerances say of one wrong kernel."""
 
     kernel: str
@@ -218,7 +218,7 @@ def truth(case: Case = CASE) -> LayerResult:
 
 
 @functools.cache
-def judge(name: str) -> Verdict:
+def judge(name: str) -> Trial:
     """Puts one wrong kernel through the proof of the gate."""
     factory, check = WRONG[name]
     case = ORDER_CASE if name == SUMMED else CASE
@@ -234,7 +234,7 @@ def judge(name: str) -> Verdict:
     figure = float(oracle.calc_diff(actual, expected))
     passes = {f"calc_diff < {limit}": figure < limit for limit in TOLERANCES}
     passes["allclose 1e-2"] = torch.allclose(actual, expected, rtol=1e-2, atol=1e-2)
-    return Verdict(name, check, convicted_by, figure, passes)
+    return Trial(name, check, convicted_by, figure, passes)
 
 
 def wrong_command(as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False) -> None:

@@ -23,19 +23,23 @@ CASE = Case(SHAPES["smoke"], (100, 60), routing="one_hot")
 
 @functools.cache
 def layer() -> CaseRun:
+    """CASE with its inputs and its trace on the CPU, computed once."""
     return run_case(CASE, "cpu")
 
 
 @functools.cache
 def rows_of(stage: str) -> Rows:
+    """Rank, token, slot and expert of every row of a stage."""
     return place.rows_of(CASE, STAGES[stage], layer().inputs.topk_idx)
 
 
 def stored(stage: str) -> Stored:
+    """How the elements of a stage are stored under the recipe of CASE."""
     return STAGES[stage].format(CASE.recipe)
 
 
 def expected(stage: str) -> Tensor:
+    """A stage of the trace, [rows, columns]; stats and y as the trace has them."""
     return layer().trace[stage]
 
 
@@ -101,20 +105,20 @@ def scramble(bits: Tensor, _: Rows, rows: Tensor | slice = slice(None), columns:
 
 
 def swap(bits: Tensor, i: int, j: int, columns: slice = slice(None)) -> None:
+    """Exchanges two rows, or these columns of them."""
     bits[[i, j], columns] = bits[[j, i], columns].clone()
 
 
-def swap_some(bits: Tensor, _: Rows) -> None:
-    swap(bits, *some().tolist())
-
-
 def shift_expert(bits: Tensor, rows: Rows, step: int) -> None:
+    """Moves each expert's rows by `step` places among themselves, the last ones to the front."""
     for e in rows.expert.unique():
         mine = (rows.expert == e).nonzero().squeeze(1)
         bits[mine] = bits[mine.roll(step)].clone()
 
 
 def scale(stage: str, k: int, columns: slice = slice(None)) -> Edit:
+    """An edit that multiplies the values of the two rows of `some` by 2^k."""
+
     def edit(bits: Tensor, _: Rows) -> None:
         form = stored(stage)
         for row in some().tolist():
@@ -124,10 +128,12 @@ def scale(stage: str, k: int, columns: slice = slice(None)) -> Edit:
 
 
 def in_expert(rows: Rows, e: int) -> Tensor:
+    """int64 [n]: the rows of expert e."""
     return (rows.expert == e).nonzero().squeeze(1)
 
 
 def hot(rows: Rows) -> int:
+    """The expert with the most rows."""
     return int(rows.expert.mode().values)
 
 
@@ -137,20 +143,24 @@ def cold(rows: Rows) -> int:
 
 
 def with_value(bits: Tensor, rows: Tensor | int | slice, value: int) -> None:
+    """Sets every element of these rows to one bit pattern."""
     bits[rows] = value
 
 
 def even_groups(bits: Tensor, rows: Rows) -> None:
+    """Scrambles the first 64 of every 128 columns, in two rows."""
     for start in range(0, bits.shape[1], 128):
         scramble(bits, rows, slice(3, 5), slice(start, start + 64))
 
 
 def core(bits: Tensor, rows: Rows) -> None:
+    """Scrambles one core matrix, 8 rows of one expert by 8 columns."""
     block = in_expert(rows, hot(rows))[8:16]
     scramble(bits, rows, block, slice(24, 32))
 
 
 def tile_rows(bits: Tensor, rows: Rows, first: bool) -> None:
+    """Scrambles a few columns of the first or the last row of each of an expert's tiles of 128 rows."""
     edge = rows.expert_row % 128 == 0
     if not first:
         edge = (rows.expert_row % 128 == 127) | (rows.expert_row == rows.expert_rows - 1)
@@ -163,6 +173,7 @@ def some_of(key: str, value: int, columns: slice) -> Edit:
 
 
 def one_token(bits: Tensor, rows: Rows) -> None:
+    """Scrambles a few columns of every row of token 9 of rank 1."""
     mine = ((rows.rank == 1) & (rows.token == 9)).nonzero().squeeze(1)
     scramble(bits, rows, mine, slice(5, 9))
 
@@ -240,6 +251,7 @@ PLANTS = {
 
 
 def plant(error: Plant) -> Tensor:
+    """The stage of `error` with the error in it; the trace itself stays as it is."""
     stage = expected(error.stage)
     bits = unsigned(stage).reshape(len(stage), -1)
     error.edit(bits, rows_of(error.stage))

@@ -152,7 +152,7 @@ def test_files_that_no_chip_names_go(published: Path) -> None:
 
 def test_a_differing_chip_is_named_and_nothing_is_packed() -> None:
     text = io.StringIO()
-    with pytest.raises(capture.Differs, match=r"H199 and quant/atoms\.py differ in silu_fast"):
+    with pytest.raises(capture.ChipDiffers, match=r"H199 and quant/atoms\.py differ in silu_fast"):
         measure(Double(flip="silu_fast"), text)
     assert "silu_fast: input 0x00000000: chip 0x1, atoms 0x0" in text.getvalue()
 
