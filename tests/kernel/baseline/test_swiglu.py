@@ -44,7 +44,7 @@ BOUNDED = {
     name: RECIPES_OF_SWIGLU[name]
     for name in ("fast-clamp10.0-g64", "precise-clampNone-g128", "clamp0", "public", "fp32")
 }
-INTERPRETED = (256, 512)
+INTERPRETED = (96, 256)
 """Rows and I of what the interpreter takes; at a millisecond a program it takes little."""
 
 
