@@ -282,11 +282,12 @@ def _tables_in_force(captured: dict[str, Tensor]) -> Iterator[None]:
 
 def main() -> None:
     """`python -m megaproof.golden.capture --bringup`: status 0 proven, 1 differs, 2 usage, 3 environment."""
+    usage = "usage: python -m megaproof.golden.capture --bringup (the capture itself: python -m golden capture)"
+    if sys.argv[1:] == ["--help"]:
+        print(usage)
+        sys.exit(0)
     if sys.argv[1:] != ["--bringup"]:
-        print(
-            "usage: python -m megaproof.golden.capture --bringup (the capture itself: python -m golden capture)",
-            file=sys.stderr,
-        )
+        print(usage, file=sys.stderr)
         sys.exit(2)
     try:
         bring_up()

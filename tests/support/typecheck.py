@@ -6,6 +6,7 @@ cache has them as a wheel has them, inside `megaproof`. Exit status: mypy's own,
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
@@ -47,4 +48,5 @@ def check() -> int:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(prog="python -m megaproof.tests.support.typecheck", description=__doc__).parse_args()
     sys.exit(check())

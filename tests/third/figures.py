@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 from collections.abc import Callable
 
@@ -52,6 +53,11 @@ def naive_fma_failures(family: str, count: int) -> float:
 
 
 def main() -> None:
+    argparse.ArgumentParser(
+        prog="python -m megaproof.tests.third.figures",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    ).parse_args()
     print("K = 128 chain equals the correctly rounded dot product (262,144 outputs each)")
     for name in OPERANDS:
         print(f"  {name:22} {chain_equals_rounded_dot(name, 512):8.3%}")
