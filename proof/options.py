@@ -35,6 +35,16 @@ MARKERS = (
 )
 
 
+LISTING = ("--collect-only", "--co", "--collectonly")
+ASKING = ("--help", "-h", "--version", "-V", "--markers")
+"""Options with which nothing is run and status 0 stays, if they stand on the command line itself."""
+
+
+def asks(config: pytest.Config, *names: str) -> bool:
+    """Whether the command line itself has one of these options: PYTEST_ADDOPTS and addopts may be forgotten there."""
+    return any(name in config.invocation_params.args for name in names)
+
+
 def first_line(error: BaseException) -> str:
     """The first line of what an exception says, or its type where it says nothing."""
     return (str(error).splitlines() or [type(error).__name__])[0]
@@ -72,6 +82,7 @@ def recipe(text: str) -> str:
 
 def add(parser: pytest.Parser) -> None:
     """Adds the options of the suite to pytest's."""
+    parser.addini("megaproof_plugin", "set where a run without this plugin is to be refused, by --strict-config")
     group = parser.getgroup("megaproof")
     group.addoption(
         "--ranks",
@@ -105,6 +116,12 @@ def add(parser: pytest.Parser) -> None:
         metavar="MODULE:FACTORY",
         help="the kernel to prove, an adapter as in proof/adapters; this imports and RUNS FOREIGN CODE with your "
         f"rights (default: {DEFAULT_KERNEL})",
+    )
+    group.addoption(
+        "--nonce",
+        default="",
+        metavar="TEXT",
+        help="kept in the record of the run, so that whoever asked can tell it from an earlier one",
     )
     group.addoption(
         "--require-gpu",

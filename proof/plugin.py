@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from megaproof.proof import header, one_name, options, reproduce, selection, tally
+from megaproof.proof import header, one_name, options, reproduce, selection, session, tally, workers
 from megaproof.proof.record import NOT_CLAIMED, Record
 from megaproof.proof.verdicts import (
     CASE_PROPERTY,
@@ -22,16 +22,23 @@ from megaproof.proof.verdicts import (
     OUT_OF_MEMORY,
     REPRODUCE,
     REPRODUCE_PROPERTY,
+    Attempts,
     Verdicts,
+    died,
+    final,
     out_of_memory,
     skip_reason,
 )
 
 pytest.register_assert_rewrite("megaproof.proof.gate")
 
+VERDICTS = "megaproof-verdicts"
 RECORD = pytest.StashKey[Record]()
-CHOOSES_DISTRIBUTION = pytest.StashKey[bool]()
-"""Whether the command line says how pytest-xdist distributes tests."""
+DISTRIBUTION = pytest.StashKey[str | None]()
+"""What the command line says of `--dist`; None: nothing."""
+LINE = pytest.StashKey[session.Told]()
+"""To the parent of a session that has one; see proof/session.py."""
+ATTEMPTS = pytest.StashKey[Attempts]()
 
 if importlib.util.find_spec("hypothesis"):
     from hypothesis import settings
@@ -58,40 +65,36 @@ def pytest_configure(config: pytest.Config) -> None:
     options.check_python()
     options.share_cores(config)
     options.check(config)
-    record = Record(
-        command=list(config.invocation_params.args),
-        options=header.options(config),
-        versions=header.versions(),
-        kernel_named=config.option.kernel != options.DEFAULT_KERNEL,
-        listed_only=config.option.collectonly,
-    )
-    config.stash[RECORD] = record
-    config.pluginmanager.register(Verdicts(config, record), "megaproof-verdicts")
+    record = Record.of(config)
+    config.stash[RECORD], config.stash[ATTEMPTS] = record, Attempts()
+    if not config.pluginmanager.register(Verdicts(config, record, config.stash[ATTEMPTS]), VERDICTS):
+        raise pytest.UsageError(f"-p no:{VERDICTS} leaves nobody to say what a run proves: run without it")
 
 
-@pytest.hookimpl(wrapper=True)
+@pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> Generator[None, Any, Any]:
-    """Looks at `--dist` before pytest-xdist gives it a value of its own."""
-    config.stash[CHOOSES_DISTRIBUTION] = getattr(config.option, "dist", "no") != "no"
-    return (yield)
+    """The session goes on in a child; and `--dist` is looked at before pytest-xdist gives it a value of its own."""
+    dist = getattr(config.option, "dist", "no")
+    config.stash[DISTRIBUTION] = None if dist == "no" else dist
+    line = None
+    if sys.platform == "linux" and session.is_whole_process():
+        line = config.stash[LINE] = session.split(lambda end: died(config, end))
+    status: int = pytest.ExitCode.TESTS_FAILED  # of a session that raises
+    try:
+        status = final(config, (yield), config.stash.get(RECORD, None))
+    except pytest.UsageError:
+        status = pytest.ExitCode.USAGE_ERROR
+        raise
+    finally:
+        if line:
+            line.ended(int(status))
+    return status
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any | None:
-    """With `-n` alone, all proofs of a case run on one worker, so that each case is computed once.
-
-    `--dist loadgroup` would be pytest-xdist's own way; xdist 3.8 marks the groups in a field that pytest 9.2 lacks.
-    """
-    if config.stash[CHOOSES_DISTRIBUTION]:
-        return None
-    from xdist.scheduler import LoadScopeScheduling
-
-    class ByCase(LoadScopeScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            file, _, name = nodeid.partition("::")
-            return f"{file}::{name[name.index('[') :]}" if name.endswith("]") else nodeid
-
-    return ByCase(config, log)
+    """See proof/workers.py."""
+    return workers.scheduler(config, log, config.stash[DISTRIBUTION])
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
@@ -164,11 +167,16 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
     """After a test, whatever it was, its GPU memory is there for the workers beside this one."""
+    line = item.config.stash.get(LINE, None)
+    if line:
+        line.running(item.nodeid)
     result = yield  # pytest has let go of the test's fixtures by now, which it has not when they are torn down
     if "torch" in sys.modules and (item.get_closest_marker("gpu") or selection.case_of(item)):
         from megaproof.proof import memory
 
         memory.free()
+    if line:
+        line.running("")
     return result
 
 
@@ -180,6 +188,7 @@ def pytest_runtest_makereport(
     if call.excinfo and out_of_memory(call.excinfo.value):
         call.excinfo.value.add_note(OUT_OF_MEMORY)
     report = yield
+    item.config.stash[ATTEMPTS].add(report)
     if call.when == "call" and (compared := tally.take()):
         report.user_properties.append((COMPARED_PROPERTY, compared))
     expected = hasattr(report, "wasxfail")

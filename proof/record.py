@@ -14,7 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megaproof.proof import tally
+import pytest
+
+from megaproof.proof import header, tally
+from megaproof.proof.options import DEFAULT_KERNEL, LISTING, asks
 from megaproof.toolchain.files import replace
 
 FORMAT = 1
@@ -90,12 +93,32 @@ class Record:
     """What was compared and equal."""
     reproduce: list[str] = field(default_factory=list)
     """A command for each failure, those of files that can't be collected included."""
+    nonce: str = ""
+    """That of --nonce: says that a record is of the run that was asked for it, and not of an earlier one."""
+    lost: list[str] = field(default_factory=list)
+    """Processes of the run that ended before it, a sentence each."""
+    disagree: list[str] = field(default_factory=list)
+    """Ids of tests that were run more than once, with different outcomes."""
+    interrupted: bool = False
+    """Whether the run was ended from inside or by the keyboard, whatever status that gave it."""
     names: list[str] = field(default_factory=list)
     """See `loaded.problems`."""
     exit_status: int | None = None
     """pytest's; None: the run has not ended."""
     unproven: str = ""
     """Why the run proves nothing, and is not green even without a failure; '' if it compared what it had to."""
+
+    @classmethod
+    def of(cls, config: pytest.Config) -> Record:
+        """The record of a run that begins."""
+        return cls(
+            command=list(config.invocation_params.args),
+            options=header.options(config),
+            versions=header.versions(),
+            nonce=config.option.nonce,
+            kernel_named=config.option.kernel != DEFAULT_KERNEL,
+            listed_only=config.option.collectonly and asks(config, *LISTING),
+        )
 
     def verdicts(self) -> dict[str, dict[str, str]]:
         """Case id -> check -> outcome, of the tests on cases."""

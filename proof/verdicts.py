@@ -3,27 +3,34 @@
 Needs no torch. Exit statuses are pytest's own, with these additions: 5 also when tests were selected and none of them
 passed or failed, when `--ranks` left no case, when `--kernel` names a kernel and no proof of it ran, or when under
 `--require-gpu` all proofs are of recipes that the kernel does not claim (a run that compared nothing is not green);
-1 also when a module of ours was loaded under two names; and 3 for an environment that can't run the suite at all.
+1 also when a module of ours was loaded under two names, when the session's process or a worker of pytest-xdist ended
+before its end, and when calls of one test do not agree; 2 also when a test ends the run by pytest.exit, whatever status
+it names; and 3 for an environment that can't run the suite at all.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 import time
+from collections.abc import Generator
+from typing import Any
 
 import pytest
 
-from megaproof.proof import loaded, report, tally
+from megaproof.proof import loaded, options, report, tally
 from megaproof.proof.record import NOT_CLAIMED, Record, Test
 from megaproof.proof.report import text
+from megaproof.proof.session import End
 
 REPRODUCE = "reproduce with"
 """Title of the line that ends every failure."""
 KERNEL_PROPERTY, CASE_PROPERTY, COMPARED_PROPERTY, REPRODUCE_PROPERTY = "kernel", "case", "compared", "reproduce"
 """Properties of a test that compared a kernel with the reference, of one that ran on a case, of a passed one what it
 compared a kernel in (see proof/tally.py), and of a failed one the command that repeats it."""
-FROM_WORKER = "megaproof"
-"""What a worker of pytest-xdist tells at its end: tests dropped, tests selected, names of modules."""
+FROM_WORKER, TOLD = "megaproof", ("dropped", "selected", "names", "disagree")
+"""What a worker of pytest-xdist tells at its end: these fields of its record."""
 OUT_OF_MEMORY = "out of GPU memory, which says nothing about the kernel: fewer workers (-n), or a GPU that is free"
 """Note of an error that is not the kernel's."""
 
@@ -59,17 +66,76 @@ def unproven(record: Record) -> str:
     return ""
 
 
+class Attempts:
+    """The outcomes of every call of a test: plugins that run tests again until they pass show the last alone."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, set[str]] = {}
+
+    def add(self, report: pytest.TestReport) -> None:
+        """One more report; of setup and teardown, failures alone."""
+        if report.when == "call" or report.outcome not in ("passed", "skipped"):
+            self._found.setdefault(report.nodeid, set()).add(report.outcome)
+
+    def disagree(self, report: pytest.TestReport) -> bool:
+        """Whether a call's report is not what every other call of its test came to."""
+        return report.when == "call" and bool(self._found.get(report.nodeid, set()) - {report.outcome})
+
+
+DISAGREE = "this test was run more than once and its calls do not agree: a run again makes nothing right"
+
+
+def died(config: pytest.Config, end: End) -> None:
+    """Says on standard error, and in the record, that the session's process ended too early. Runs in its parent."""
+    record = Record.of(config)
+    record.exit_status = end.exit_status
+    if end.status is None:
+        place = f" in {end.test}" if end.test else ""
+        record.lost = [f"the session's process ended before its session ({end.how}){place}: a failure"]
+    else:
+        record.lost = [f"the session's process ended wrongly after its session ({end.how}): a failure"]
+    if end.test:
+        record.tests = {end.test: Test(end.test, "failed")}
+    os.write(2, "".join(f"megaproof: {line}\n" for line in record.lost).encode())
+    with contextlib.suppress(OSError):
+        record.write(report.folder())
+
+
+def final(config: pytest.Config, status: int, record: Record | None) -> int:
+    """A run's exit status: 0 only for one whose record says so, and for a question on the command line itself."""
+    if status != pytest.ExitCode.OK or hasattr(config, "workerinput"):
+        return status
+    if record and record.exit_status is not None:
+        return record.exit_status
+    if options.asks(config, *options.ASKING):
+        return status
+    sys.stderr.write("megaproof: nothing was run, so nothing is proven: this is not green (exit status 5)\n")
+    return pytest.ExitCode.NO_TESTS_COLLECTED
+
+
 class Verdicts:
     """The pytest plugin that keeps the record. With pytest-xdist the controller sees the reports of all workers."""
 
-    def __init__(self, config: pytest.Config, record: Record) -> None:
+    def __init__(self, config: pytest.Config, record: Record, attempts: Attempts) -> None:
         self.record = record
+        self.attempts = attempts
         self.is_worker = hasattr(config, "workerinput")
         self._begun = time.monotonic()
         self._written = ""
 
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """One phase of one test: setup, call or teardown."""
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> Generator[None]:
+        """One phase of one test: setup, call or teardown. Before anybody else hears of it, calls have to agree."""
+        if self.attempts.disagree(report):
+            if report.nodeid not in self.record.disagree:
+                self.record.disagree.append(report.nodeid)
+            if not report.failed:
+                report.outcome, report.longrepr = "failed", DISAGREE
+        self.attempts.add(report)
+        self._keep(report)
+        return (yield)
+
+    def _keep(self, report: pytest.TestReport) -> None:
         record, properties = self.record, dict(report.user_properties)
         test = record.tests.setdefault(report.nodeid, Test(report.nodeid))
         test.seconds = round(test.seconds + getattr(report, "duration", 0.0), 3)
@@ -102,13 +168,20 @@ class Verdicts:
         self.record.reproduce += lines
         return lines
 
+    def pytest_keyboard_interrupt(self) -> None:
+        """Ctrl-C, or somebody's pytest.exit()."""
+        self.record.interrupted = True
+
     @pytest.hookimpl(optionalhook=True)
-    def pytest_testnodedown(self, node: object) -> None:
+    def pytest_testnodedown(self, node: Any, error: object) -> None:
         """A worker of pytest-xdist has ended: each has collected all tests, the controller none."""
+        if error:
+            self.record.lost.append(f"worker {node.gateway.id} ended before its session ({error}): a failure")
         told = getattr(node, "workeroutput", {}).get(FROM_WORKER, {})
         self.record.dropped = max(self.record.dropped, told.get("dropped", 0))
         self.record.selected = told.get("selected", self.record.selected)
         self.record.names = sorted({*self.record.names, *told.get("names", ())})
+        self.record.disagree = sorted({*self.record.disagree, *told.get("disagree", ())})
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
@@ -116,13 +189,16 @@ class Verdicts:
         record = self.record
         record.names = sorted({*record.names, *loaded.problems()})
         if self.is_worker:
-            told = {"dropped": record.dropped, "selected": record.selected, "names": record.names}
+            told = {name: getattr(record, name) for name in TOLD}
             session.config.workeroutput[FROM_WORKER] = told
             return
         record.unproven = "" if record.listed_only else unproven(record)
         if record.unproven and exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED
-        if record.names and session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+        green = (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)
+        if record.interrupted and session.exitstatus in green:
+            session.exitstatus = pytest.ExitCode.INTERRUPTED
+        if (record.names or record.lost or record.disagree) and session.exitstatus in green:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
         record.exit_status = int(session.exitstatus)
         record.seconds = round(time.monotonic() - self._begun, 3)
@@ -139,5 +215,7 @@ class Verdicts:
             terminalreporter.section(title)
             for line in lines:
                 terminalreporter.write_line(line)
+        if self.record.listed_only:
+            terminalreporter.write_line("megaproof: tests were listed and none was run: this is no verdict")
         if self._written and terminalreporter.verbosity >= 0:
             terminalreporter.write_line(self._written)

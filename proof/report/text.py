@@ -20,6 +20,10 @@ def sections(record: Record, reproduce: bool = True) -> Iterator[Section]:
         yield "equal to the reference, bit for bit", tally.lines(record.tally)
     if record.reproduce and reproduce:
         yield "reproduce with", record.reproduce
+    if record.lost:
+        yield "processes that ended too early", record.lost
+    if record.disagree:
+        yield "calls of one test that do not agree", record.disagree
     if record.names:
         yield "modules under wrong names", [*record.names, "What one of them changes is unknown to the other."]
     if record.unproven:

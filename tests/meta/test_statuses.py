@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import textwrap
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-from megaproof.tests.support.runs import CASES, SKIPS, TIERS, pytest_run, python
+from megaproof.tests.support import runs, warm
+from megaproof.tests.support.runs import CASES, ROOT, SKIPS, TIERS, pytest_run, python
+
+ENVIRONMENT = runs.environment
 
 GPU = """
     import pytest
@@ -60,8 +64,80 @@ def test_a_selection_of_nothing_is_not_green(tmp_path: Path, arguments: list[str
     assert "nothing was compared" in run.stdout
 
 
-def test_listing_tests_is_no_failure(tmp_path: Path) -> None:
-    assert pytest_run(tmp_path, CASES, "--collect-only").returncode == 0
+def test_listing_tests_is_no_failure_and_no_verdict(tmp_path: Path) -> None:
+    for quiet in ([], ["-q"]):
+        run = pytest_run(tmp_path, CASES, "--collect-only", *quiet)
+        assert run.returncode == 0
+        assert "none was run: this is no verdict" in run.stdout
+
+
+@pytest.mark.parametrize("option", ["--co", "--help", "--markers"])
+def test_an_option_in_the_environment_is_no_way_to_green(
+    tmp_path: Path, option: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be forgotten there, so that a run of nothing would be taken for a proof."""
+    monkeypatch.setattr(runs, "environment", lambda: ENVIRONMENT() | {"PYTEST_ADDOPTS": option})
+    assert pytest_run(tmp_path, CASES).returncode == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [
+        (["--fixtures"], 5),
+        (["--setup-plan"], 5),
+        (["--setup-only"], 5),
+        (["-o", "addopts=--co"], 5),
+        (["--deselect", "test_tiny.py"], 5),
+        (["-p", "no:megaproof-verdicts"], 4),
+        (["--help"], 0),
+        (["--markers"], 0),
+    ],
+)
+def test_a_run_of_nothing_is_not_green(tmp_path: Path, arguments: list[str], status: int) -> None:
+    run = pytest_run(tmp_path, CASES, *arguments)
+    assert run.returncode == status, run.stdout
+
+
+@pytest.mark.parametrize("arguments", [["-p", "no:megaproof.proof.plugin"], ["--noconftest"]])
+def test_a_checkout_is_not_run_without_its_plugin(arguments: list[str]) -> None:
+    run = warm.pytest_main(ROOT, [*arguments, "--co", "-q", "tests/proof/test_tally.py"], ENVIRONMENT())
+    assert run.returncode == 4, run.stdout
+    assert "megaproof_plugin" in run.stderr
+
+
+RERUNS = """
+    import pytest
+    from _pytest.runner import runtestprotocol
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_protocol(item, nextitem):
+        for attempt in range(3):
+            reports = runtestprotocol(item, nextitem=nextitem, log=False)
+            again = any(report.failed for report in reports)
+            for report in reports:
+                if again and attempt < 2:
+                    SHOWN
+                item.ihook.pytest_runtest_logreport(report=report)
+            if not again:
+                break
+        return True
+"""
+"""As plugins do that run a test again until it passes. SHOWN: what becomes of the attempts before."""
+THIRD_TIME = """
+    calls = []
+
+    def test_right_the_third_time():
+        calls.append(1)
+        assert len(calls) > 2
+"""
+
+
+@pytest.mark.parametrize("shown", ["report.outcome = 'rerun' if report.failed else report.outcome", "continue"])
+def test_running_again_until_it_passes_is_red(tmp_path: Path, shown: str) -> None:
+    (tmp_path / "again.py").write_text(textwrap.dedent(RERUNS.replace("SHOWN", shown)))
+    run = pytest_run(tmp_path, THIRD_TIME, "-p", "again")
+    assert run.returncode == 1, run.stdout
+    assert "its calls do not agree" in run.stdout
 
 
 def test_without_a_gpu_its_tests_are_skipped(tmp_path: Path) -> None:
