@@ -10,7 +10,7 @@ from megaproof.bench import peers
 from megaproof.bench.measure.rows import CLOCK, Row
 from megaproof.bench.model import floor
 from megaproof.bench.model.chips import CHIPS, Chip
-from megaproof.bench.report import derived
+from megaproof.bench.report import derived, second
 from megaproof.bench.report.results import POINTS, ReportError, Results, chip_of, chosen
 from megaproof.bench.report.targets import TARGETS, TargetVerdict, verdict
 from megaproof.quant.shapes import SHAPES
@@ -117,6 +117,8 @@ def render(results: Results) -> str:
         parts.append(table if preset in OPEN else folded)
     picture = f"../bench/results/{chip.folder}/{PICTURE}"
     parts.append(f"![Time and share of the floor against T, beside the public kernels]({picture})")
+    if again := peers.of(chip).get("second_run"):
+        parts += [_paragraph(second.words(again, chip.folder)), *_second(again)]
     parts += [_paragraph(said)] if (said := _granularity(rows)) else []
     parts += [_paragraph(said)] if (said := _baseline(results, rows["baseline"])) else []
     parts += [_paragraph(DENSE.format(others=of_gemms)), _dense(rows["dense"])] if rows["dense"] else []
@@ -198,6 +200,18 @@ def _less(percent: list[float]) -> str:
         return f"between {-least} % more and {most} % less"
     word, ends = ("less", (least, most)) if least >= 0 else ("more", (-most, -least))
     return f"{_span(f'{abs(value)}' for value in ends)} % {word}"
+
+
+def _second(again: Mapping[str, Any]) -> list[str]:
+    """A table for each preset."""
+    return [
+        _table(
+            [f"{preset}, another run, T", *tokens],
+            [[label, *(_cell(label.replace("over", "ratio"), value) for value in line)] for label, line in lines],
+            "---:",
+        )
+        for preset, (tokens, lines) in second.tables(again).items()
+    ]
 
 
 def _dense(rows: list[Row]) -> str:

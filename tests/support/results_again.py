@@ -165,9 +165,23 @@ def phase_tables(results: dict[str, dict[str, Any]]) -> Tables:
     return found
 
 
+def second_tables(peers: dict[str, Any]) -> Tables:
+    """Peers timed once more: our times, then ours over theirs, each beside the one that it took turns with."""
+    found: Tables = {}
+    for preset, us in peers.get("second_run", {"us": {}})["us"].items():
+        points = list(us["ours_64"])
+        lines = {"": points} | {f"{n}, us": [cell("us", us[n].get(t)) for t in points] for n in ("ours_64", "ours_128")}
+        for name, theirs in us.items():
+            if not name.startswith("ours"):
+                own = us["ours_64_beside_flashinfer" if name.startswith("flashinfer") else "ours_64"]
+                lines[f"over {name}"] = [cell("ratio", over(own[t], theirs.get(t))) for t in points]
+        found[f"{preset}, another run, T"] = lines
+    return found
+
+
 def tables(results: dict[str, dict[str, Any]], peers: dict[str, Any]) -> Tables:
     """Every table of the page of one chip but the targets'."""
-    return preset_tables(results) | dense_table(results, peers) | phase_tables(results)
+    return preset_tables(results) | second_tables(peers) | dense_table(results, peers) | phase_tables(results)
 
 
 def sentences(results: dict[str, dict[str, Any]], peers: dict[str, Any]) -> list[str]:
