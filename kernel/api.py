@@ -154,6 +154,8 @@ def fp8_mega_moe(
 
     A role that waits in vain for longer than TIMEOUT_S leaves the launch; `sym_buffer.check()` raises KernelTimeout.
     """
+    if torch.compiler.is_compiling():
+        raise ConfigError("fp8_mega_moe can't be traced; it must run outside of the graph: torch.compiler.disable")
     values.choice("activation", activation, "swiglu")
     chosen = values.resolve(recipe, activation_clamp, fast_math)
     check, timeout_ns = values.flag("check", check), values.nanoseconds(TIMEOUT_S)

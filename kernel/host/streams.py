@@ -1,9 +1,33 @@
-"""The order of launches on one buffer: each needs the counters that the one before it leaves."""
+"""The order of launches on one buffer, by thread and by stream: each needs the counters that the one before leaves."""
 
 from __future__ import annotations
 
+import threading
+from typing import Any
+
+import torch
+
 from megaproof.kernel.host.sizes import ConfigError
 from megaproof.toolchain.launch import capture_of, current_stream, wait_for
+
+_follow_frames = getattr(torch._C._dynamo.eval_frame, "set_eval_frame", lambda callback: None)
+"""Sets what torch.compile does with each Python frame of this thread, and returns what it was; None: nothing."""
+
+
+class Turn:
+    """A lock. Inside, torch.compile follows nothing: a call out of a compiled function runs as it is."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._followed: Any = None
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        self._followed = _follow_frames(None)
+
+    def __exit__(self, *exception: object) -> None:
+        _follow_frames(self._followed)
+        self._lock.release()
 
 
 class StreamOrder:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +11,7 @@ from megaproof.kernel.host.buffer import BufferSize, Fixed, RankViews, names_of
 from megaproof.kernel.host.groups import VirtualGroup
 from megaproof.kernel.host.memory import check_real
 from megaproof.kernel.host.sizes import ConfigError
-from megaproof.kernel.host.streams import StreamOrder
+from megaproof.kernel.host.streams import StreamOrder, Turn
 from megaproof.kernel.host.timeout import STATUS_WORDS, KernelTimeout, waited
 from megaproof.kernel.host.values import integer
 from megaproof.kernel.programs.moe import moe
@@ -43,7 +42,7 @@ class SymmBuffer(Fixed):
             storage = torch.zeros(size.ranks, self.bytes_per_rank, dtype=torch.uint8, device=device)
             self._ranks = [RankViews(size, part) for part in storage]
             self.status = torch.zeros(STATUS_WORDS, dtype=torch.int32, device=device)
-        self.lock = threading.Lock()
+        self.lock = Turn()
         """Held by whoever reads or changes what follows, and until a launch is on its stream."""
         self.order = StreamOrder()
         self.program: Callable[[int], Program] = moe

@@ -126,3 +126,20 @@ def test_wrong_indices_are_seen_in_any_state(library: FakeLibrary) -> None:
         good["sym_buffer"].topk_idx[2, 1] = 4
         with STATES[name](), pytest.raises(api.ConfigError, match=r"token 2, slot 1 = 4 must be in \[-1, 4\)"):
             api.fp8_mega_moe(**good, check=True)
+
+
+def test_a_compiled_function_calls_the_kernel_as_it_is(library: FakeLibrary) -> None:
+    """torch.compile breaks its graph there; with fullgraph it says so."""
+    good = call()
+    rest = {name: value for name, value in good.items() if name != "y"}
+
+    def step(y: Tensor) -> Tensor:
+        api.fp8_mega_moe(y, **rest)
+        return y + 1
+
+    compiled = torch.compile(step, backend="eager")
+    for y in (good["y"], good["y"][:2], good["y"].clone()):
+        assert torch.equal(compiled(y), y + 1)
+        own = library.launches[-1][1].ranks[0]
+        assert (own.outputs.y_ptr, own.num_tokens) == (y.data_ptr(), len(y))
+    assert len(library.launches) == 3

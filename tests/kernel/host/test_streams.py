@@ -218,8 +218,8 @@ def test_a_refused_call_lets_go_of_the_lock(library: FakeLibrary) -> None:
     for wrong in ({"y": None}, {"l1_weights": None}):
         with pytest.raises(ConfigError):
             api.fp8_mega_moe(**good | wrong)
-        assert not good["sym_buffer"].lock.locked()
+    api.fp8_mega_moe(**good)
     good["sym_buffer"].destroy()
-    with pytest.raises(ConfigError, match="sym_buffer was destroyed"):
-        api.fp8_mega_moe(**good)
-    assert not good["sym_buffer"].lock.locked()
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="sym_buffer was destroyed"):
+            api.fp8_mega_moe(**good)

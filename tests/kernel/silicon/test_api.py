@@ -1,4 +1,4 @@
-"""The host side of `fp8_mega_moe` on a GPU: cost of a call, plans that follow their arguments, threads, CUDA graphs."""
+"""The host side of `fp8_mega_moe` on a GPU: cost of a call, plans that follow arguments, order, CUDA graphs."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import math
 import statistics
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megaproof.cases import inputs
@@ -102,6 +104,108 @@ def test_a_thread_that_never_used_the_device() -> None:
     thread.join()
     arguments["sym_buffer"].check()
     assert equal(arguments["y"], expected)
+
+
+def blank(ys: list[Tensor]) -> list[Tensor]:
+    return [torch.full_like(y, math.nan) for y in ys]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("smoke", [0, 3], ids=["one_rank", "eight_ranks"])
+def test_streams_take_turns_on_one_buffer(smoke: int) -> None:
+    """The caller puts nothing in order: the buffer's launches wait for each other, and the host for none of them."""
+    _, arguments, expected = ready(smoke)
+    streams = [torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.Stream()]
+    api.fp8_mega_moe(**arguments)  # loads the kernel
+    torch.cuda.synchronize()
+    made = []
+    for turn in range(60):
+        with torch.cuda.stream(streams[turn % 3]):
+            made.append(blank(arguments["y"]))
+            api.fp8_mega_moe(**arguments | {"y": made[-1]})
+    arguments["sym_buffer"].check()
+    assert [turn for turn, ys in enumerate(made) if not equal(ys, expected)] == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("own_stream", [False, True], ids=["one stream", "a stream each"])
+def test_threads_share_a_buffer(own_stream: bool) -> None:
+    """Each thread gets every one of its own y, of its own number of tokens."""
+    _, arguments, expected = ready(3)
+    torch.cuda.synchronize()
+    wrong: list[str] = []
+
+    def launches(thread: int) -> None:
+        stream = torch.cuda.Stream() if own_stream else torch.cuda.current_stream()
+        with torch.cuda.stream(stream):
+            for turn in range(50):
+                keep = [max(0, len(y) - (thread + turn) % 3) for y in expected]
+                ys = blank([y[:n] for y, n in zip(arguments["y"], keep, strict=True)])
+                api.fp8_mega_moe(**arguments | {"y": ys})
+                stream.synchronize()
+                if turn % 10 == 0:
+                    arguments["sym_buffer"].check()
+                if not all(not y.isnan().all() or not y.numel() for y in ys):
+                    wrong.append(f"thread {thread}, launch {turn}: a y was not written")
+
+    threads = [threading.Thread(target=launches, args=(thread,)) for thread in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    arguments["sym_buffer"].check()
+    api.fp8_mega_moe(**arguments)
+    arguments["sym_buffer"].check()
+    assert equal(arguments["y"], expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("smoke", [0, 3], ids=["one_rank", "eight_ranks"])
+def test_launches_of_one_graph_are_in_order(smoke: int) -> None:
+    """A capture that forks: launches of both streams are edges of the graph. Eager ones, before and after, go on."""
+    _, arguments, expected = ready(smoke)
+    buffer, side = arguments["sym_buffer"], torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        api.fp8_mega_moe(**arguments)
+    buffer.check()
+    captured = [blank(arguments["y"]) for _ in range(4)]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        begun = torch.cuda.current_stream()
+        side.wait_stream(begun)
+        for turn, ys in enumerate(captured):
+            with torch.cuda.stream(side if turn % 2 else begun):
+                api.fp8_mega_moe(**arguments | {"y": ys})
+        begun.wait_stream(side)
+    for _ in range(20):
+        for ys in captured:
+            for y in ys:
+                y.fill_(math.nan)
+        graph.replay()
+        buffer.check()
+        assert all(equal(ys, expected) for ys in captured)
+    for stream in (side, torch.cuda.current_stream()):
+        with torch.cuda.stream(stream):
+            ys = blank(arguments["y"])
+            api.fp8_mega_moe(**arguments | {"y": ys})
+            buffer.check()
+        assert equal(ys, expected)
+
+
+@pytest.mark.gpu
+def test_weights_come_back_from_a_file(tmp_path: Path) -> None:
+    _, arguments, expected = ready(0)
+    names = ("l1_weights", "l2_weights")
+    held = {f"{name}.{part}": t for name in names for part, t in arguments[name][0]._asdict().items()}
+    save_file(held, tmp_path / "weights.safetensors")
+    loaded = load_file(tmp_path / "weights.safetensors", device="cuda")
+    adopt = api.TransformedWeights.adopt
+    restored = {name: [adopt(loaded[f"{name}.codes"], loaded[f"{name}.scales"])] for name in names}
+    ys = blank(arguments["y"])
+    api.fp8_mega_moe(**arguments | restored | {"y": ys})
+    arguments["sym_buffer"].check()
+    assert equal(ys, expected)
 
 
 @pytest.mark.gpu
