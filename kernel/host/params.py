@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megaproof.kernel.host.buffer import FIELDS, BufferSize, RankViews
 from megaproof.kernel.host.sizes import BOX_ROWS, MAX_RANKS
+from megaproof.quant.host_state import neutral
 from megaproof.quant.recipe import Recipe
 from megaproof.toolchain.launch import TensorMap
 
@@ -87,7 +88,8 @@ def of_buffer(size: BufferSize, views: Sequence[RankViews], blocks: int, status:
 
 def swiglu_of(recipe: Recipe) -> Swiglu:
     """The clamp of a recipe."""
-    return Swiglu(recipe.clamp or 0.0, recipe.clamp is not None)
+    with neutral(0):  # the rounding to float32 is the host's
+        return Swiglu(recipe.clamp or 0.0, recipe.clamp is not None)
 
 
 def set_weights(own: RankParams, l1: tuple[Tensor, Tensor], l2: tuple[Tensor, Tensor]) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from megaproof.kernel.host.sizes import ConfigError, check_recipe
+from megaproof.quant.host_state import neutral
 from megaproof.quant.recipe import Recipe, RecipeError
 from megaproof.toolchain.errors import shown
 
@@ -84,18 +85,20 @@ def _float(name: str, value: Any) -> float:
 
 @lru_cache(maxsize=64)
 def _resolved(recipe: Recipe | None, clamp: float | None, fast_math: bool | None) -> Recipe:
-    try:
-        wanted = Recipe(clamp=clamp, silu="precise" if fast_math is False else "fast")
-    except RecipeError as error:
-        raise ConfigError(f"activation_clamp = {clamp!r} must be None or a float32 >= 0 ({error})") from None
-    if recipe is None:
-        return wanted
-    check_recipe(recipe)
-    if clamp is not None and _float32(wanted.clamp) != _float32(recipe.clamp):
-        raise ConfigError(f"activation_clamp = {clamp!r} must be left out or the recipe's clamp, {recipe.clamp!r}")
-    if fast_math is not None and wanted.silu != recipe.silu:
-        raise ConfigError(f"fast_math = {fast_math} must be left out or agree with the recipe's silu = {recipe.silu!r}")
-    return recipe
+    with neutral(0):  # subnormal clamps are compared and rounded as they are
+        try:
+            wanted = Recipe(clamp=clamp, silu="precise" if fast_math is False else "fast")
+        except RecipeError as error:
+            raise ConfigError(f"activation_clamp = {clamp!r} must be None or a float32 >= 0 ({error})") from None
+        if recipe is None:
+            return wanted
+        check_recipe(recipe)
+        if clamp is not None and _float32(wanted.clamp) != _float32(recipe.clamp):
+            raise ConfigError(f"activation_clamp = {clamp!r} must be left out or the recipe's clamp, {recipe.clamp!r}")
+        if fast_math is not None and wanted.silu != recipe.silu:
+            ours = f"the recipe's silu = {recipe.silu!r}"
+            raise ConfigError(f"fast_math = {fast_math} must be left out or agree with {ours}")
+        return recipe
 
 
 def _float32(clamp: float | None) -> float | None:

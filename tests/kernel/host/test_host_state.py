@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megaproof.kernel import api
+from megaproof.kernel.host import values
 from megaproof.kernel.host.buffer import BufferSize
 from megaproof.tests.support.fake_call import BF16, FakeLibrary, call, installed, weights
 
@@ -36,9 +38,11 @@ def deterministic() -> Iterator[None]:
         torch.set_deterministic_debug_mode("default")
 
 
+LIBM = ctypes.CDLL(None)
 STATES: dict[str, Callable[[], AbstractContextManager]] = {
     "as it is": contextlib.nullcontext,
     "flush denormal": lambda: state(torch.set_flush_denormal, True, False),
+    "toward zero": lambda: state(LIBM.fesetround, 0xC00, 0),
     "default dtype bf16": lambda: state(torch.set_default_dtype, BF16, torch.float32),
     "default dtype fp64": lambda: state(torch.set_default_dtype, torch.float64, torch.float32),
     "default device meta": lambda: state(torch.set_default_device, "meta", None),
@@ -101,7 +105,15 @@ def test_a_buffer_is_zero_and_can_be_written_in_any_state(library: FakeLibrary, 
     assert int(buffer.storage.count_nonzero()) == 2 * buffer.topk_weights[:3].numel()
 
 
-CLAMPS = (None, 10.0, 0.1)
+CLAMPS = (None, 10.0, 0.1, 1e-40, 1e-45, 1e-320)
+"""The last three are denormal: as float32 and as float64."""
+
+
+@pytest.mark.parametrize("name", ["as it is", "flush denormal", "toward zero"])
+def test_a_negative_clamp_is_refused_however_small(name: str) -> None:
+    values._resolved.cache_clear()
+    with STATES[name](), pytest.raises(api.ConfigError, match="activation_clamp = -1e-320 must be"):
+        values.resolve(values.BLOCKS, -1e-320, None)
 
 
 @pytest.mark.parametrize("name", STATES)
