@@ -100,15 +100,14 @@ def get_symm_buffer_for_mega_moe(
     ranks = 1 if (group := local_group(group)) is None else group.size
     size = BufferSize(
         ranks,
-        experts=values.integer("num_experts", num_experts),
-        topk=values.integer("num_topk", num_topk),
-        hidden=values.integer("hidden", hidden),
-        intermediate=values.integer("intermediate_hidden", intermediate_hidden),
-        capacity=values.integer("num_max_tokens_per_rank", num_max_tokens_per_rank),
-        ring=None if ring_blocks is None else values.integer("ring_blocks", ring_blocks),
+        values.integer("num_experts", num_experts),
+        values.integer("num_topk", num_topk),
+        values.integer("hidden", hidden),
+        values.integer("intermediate_hidden", intermediate_hidden),
+        values.integer("num_max_tokens_per_rank", num_max_tokens_per_rank),
+        None if ring_blocks is None else values.integer("ring_blocks", ring_blocks),
     )
-    device = require_device()
-    size.check_fits(device.memory)
+    size.check_fits((device := require_device()).memory)
     return SymmBuffer(group, size, torch.device("cuda", device.index))
 
 

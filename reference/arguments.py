@@ -10,10 +10,12 @@ from torch import Tensor
 
 from megaproof.quant.recipe import Recipe
 from megaproof.reference.operands import FORMATS, ExpertWeights, Weights
-from megaproof.toolchain.errors import ArgumentError
+from megaproof.toolchain.errors import ArgumentError, shown
 
 BLOCK = 128
 """Columns of a token, and rows and columns of a weight block, that share one input scale."""
+PLAIN = (Tensor, torch.nn.Parameter)
+"""Another subclass may have no memory, or mean other values than it holds."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ def check(
 ) -> Dimensions:
     """The problem's dimensions, or `ArgumentError`. experts None: read from stats, else the least that R divides."""
     if not isinstance(recipe, Recipe):
-        raise ArgumentError(f"recipe = {recipe!r} must be a megaproof.quant.recipe.Recipe")
+        raise ArgumentError(f"recipe = {shown(recipe)} must be a megaproof.quant.recipe.Recipe")
     if isinstance(x, list | tuple) and not x:
         raise ArgumentError("x = [] must hold one tensor a rank, at least one")
     ranks = len(topk_idx) if isinstance(x, Tensor) or x is None else len(x)
@@ -102,7 +104,7 @@ def check_weights(recipe: Recipe, e: int, found: ExpertWeights, hidden: int) -> 
 def check_source(weights: Weights) -> None:
     """Raises `ArgumentError` unless weights can be called."""
     if not callable(weights):
-        raise ArgumentError(f"weights = {weights!r} must be a function of the expert, see operands.Weights")
+        raise ArgumentError(f"weights = {shown(weights)} must be a function of the expert, see operands.Weights")
 
 
 def check_same_width(e: int, intermediate: int, first: int) -> None:
@@ -120,7 +122,7 @@ def _experts(experts: int | None, ranks: int, topk_idx: Sequence[Tensor], stats:
         largest = max((int(idx.max()) for idx in topk_idx if idx.numel()), default=-1)
         experts = max(1, -(-(largest + 1) // ranks)) * ranks
     if not isinstance(experts, int) or experts <= 0 or experts % ranks:
-        raise ArgumentError(f"experts = {experts} must be a positive multiple of the number of ranks, {ranks}")
+        raise ArgumentError(f"experts = {shown(experts)} must be a positive multiple of the number of ranks, {ranks}")
     return experts
 
 
@@ -133,9 +135,12 @@ def _last_dim(name: str, tensor: Tensor) -> int:
 def _tensor(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     if not isinstance(tensor, Tensor) or tensor.dtype != dtype or tuple(tensor.shape) != shape:
         raise ArgumentError(f"{name} is {_describe(tensor)}; it must be {dtype} {list(shape)}")
+    if type(tensor) not in PLAIN or tensor.is_meta or tensor.layout != torch.strided:
+        where = f"a {type(tensor).__name__} on {tensor.device}, {tensor.layout}"
+        raise ArgumentError(f"{name} is {where}; it must be a plain strided tensor with memory")
     if not tensor.is_contiguous():
         raise ArgumentError(f"{name} has strides {tensor.stride()}; it must be contiguous")
 
 
 def _describe(value: object) -> str:
-    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else shown(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from typing import Any
 
@@ -23,10 +24,11 @@ class Turn:
 
     def __enter__(self) -> None:
         self._lock.acquire()
-        self._followed = _follow_frames(None)
+        self._followed = _follow_frames(None) if "torch._dynamo" in sys.modules else None
 
     def __exit__(self, *exception: object) -> None:
-        _follow_frames(self._followed)
+        if self._followed is not None:
+            _follow_frames(self._followed)
         self._lock.release()
 
 

@@ -24,7 +24,7 @@ class TransformedWeights(_Pair):
     """One matrix of a rank's experts in the order in which the kernel reads it: a tuple (codes, scales).
 
     codes float8_e4m3fn [E_loc, N, K], scales float32 [E_loc, N/128, K/128] of blocks of 128 x 128 weights.
-    `transform_weights_for_mega_moe_sm90` makes them; copies, `torch.save` and pytrees keep the type. A module keeps the
+    `transform_weights_for_mega_moe_sm90` makes them; copies and pytrees keep the type. A module keeps the
     two tensors: what comes back from a parameter, a state dict or a file of tensors has lost it, and `adopt` says it.
     """
 

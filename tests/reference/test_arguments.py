@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megaproof.quant.formats import E2M1
 from megaproof.quant.recipe import Recipe, RecipeError
@@ -282,3 +283,39 @@ def test_all_masked_has_one_expert_a_rank() -> None:
     idx = [torch.full_like(t, -1) for t in made["topk_idx"]]
     problem = check(made["recipe"], made["x"], made["x_sf"], idx, made["topk_weights"], None, None)
     assert problem.experts == 2
+
+
+SOURCES = {
+    "numpy": lambda t: t.numpy(),
+    "list": lambda t: t.tolist(),
+    "meta": lambda t: t.to("meta"),
+    "fake": lambda t: FakeTensorMode().from_tensor(t),
+    "sparse": lambda t: t.to_sparse(),
+    "subclass": lambda t: t.as_subclass(type("Subclassed", (Tensor,), {})),
+    "lines": lambda t: "two\nlines",
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("argument", ["x", "x_sf", "topk_idx", "topk_weights", "stats"])
+def test_what_holds_no_values_is_refused_in_one_line(argument: str, source: str) -> None:
+    given = arguments()[argument]
+    for wrong in ([SOURCES[source](given[0]), *given[1:]], SOURCES[source](given[0])):
+        with pytest.raises(ArgumentError) as error:
+            call(changed(argument, wrong))
+        assert str(error.value).isprintable()
+        assert str(error.value).startswith(argument)
+
+
+def test_weights_without_values_are_refused_and_parameters_are_taken() -> None:
+    good = arguments()["weights"]
+
+    def scales(change: Callable[[Tensor], Any]) -> Callable[[int], Any]:
+        return lambda e: good(e)._replace(l1=good(e).l1._replace(scales=change(good(e).l1.scales)))
+
+    wanted = call(arguments())
+    found = call(changed("weights", scales(torch.nn.Parameter)))
+    assert all(torch.equal(a.view(torch.int16), b.view(torch.int16)) for a, b in zip(found.y, wanted.y, strict=True))
+    for change in SOURCES.values():
+        with pytest.raises(ArgumentError, match=r"^weights\(\d\) l1\.scales is .*; it must be .*$"):
+            call(changed("weights", scales(change)))

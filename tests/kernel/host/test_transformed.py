@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -102,20 +101,6 @@ def through_a_state_dict(pair: TransformedWeights) -> TransformedWeights:
     return TransformedWeights.adopt(other.codes, other.scales)
 
 
-def through_torch_save(pair: TransformedWeights) -> TransformedWeights:
-    file = io.BytesIO()
-    torch.save(pair._asdict(), file)
-    file.seek(0)
-    return TransformedWeights.adopt(**torch.load(file, weights_only=True))
-
-
-def through_a_whole_file(pair: TransformedWeights) -> TransformedWeights:
-    file = io.BytesIO()
-    torch.save(pair, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
 def moved(pair: TransformedWeights) -> TransformedWeights:
     away = TransformedWeights(*(tensor.to("cpu", copy=True) for tensor in pair))
     return TransformedWeights.adopt(away.codes.to("cpu"), away.scales.to("cpu"))
@@ -124,11 +109,9 @@ def moved(pair: TransformedWeights) -> TransformedWeights:
 TRIPS: dict[str, Callable[[TransformedWeights], TransformedWeights]] = {
     "Parameter": through_parameters,
     "state_dict": through_a_state_dict,
-    "torch.save": through_torch_save,
     "to": moved,
     "deepcopy": copy.deepcopy,
     "copy": copy.copy,
-    "torch.save whole": through_a_whole_file,
     "pytree": lambda pair: pytree.tree_map(Tensor.clone, pair),
     "_replace": lambda pair: pair._replace(scales=pair.scales.clone()),
 }
