@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import Progress
+from rich.text import Text
 from torch import Tensor
 
 from megaproof.cases.cases import CASES, Case
@@ -24,7 +25,7 @@ from megaproof.quant import twin
 from megaproof.quant.recipe import Recipe
 from megaproof.quant.tables import TableError
 from megaproof.toolchain import optimized
-from megaproof.toolchain.errors import BuildError, EnvironmentMissing
+from megaproof.toolchain.errors import BuildError, EnvironmentMissing, escaped
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 console = Console()
@@ -39,10 +40,15 @@ def commands() -> None:
     optimized.refuse()
 
 
+def _say(text: str, style: str = "") -> None:
+    """A line that may hold what others wrote: it is no markup, and nothing in it is obeyed by a terminal."""
+    console.print(Text("".join(c if c.isprintable() else escaped(c) for c in text), style), soft_wrap=True)
+
+
 def _selected(only: str) -> list[Case]:
     cases = [case for case in CASES if case.tier == "cpu" and only in case.id]
     if not cases:
-        console.print(f"nothing was compared: no case of tier cpu has {only!r} in its id")
+        _say(f"nothing was compared: no case of tier cpu has {only!r} in its id")
         raise typer.Exit(5)
     return cases
 
@@ -83,11 +89,11 @@ def verify(only: Only = "", folder: Folder = store.FOLDER) -> None:
     for chip in silicon.chips() if not only else ():
         try:
             counts = ", ".join(f"{count:,} {what}" for what, count in silicon.verify(chip).items())
-            console.print(f"proven  silicon {chip}: {counts}", highlight=False)
-        except silicon.SiliconError as error:
+            _say(f"proven  silicon {chip}: {counts}")
+        except (store.GoldenError, TableError) as error:
             failures.append(str(error))
     for failure in failures:
-        console.print(f"[red]{failure}[/]", highlight=False, soft_wrap=True)
+        _say(failure, "red")
     console.print(f"{compared:,} bytes compared, {len(failures)} failures, {twin.describe()}", highlight=False)
     if failures:
         raise typer.Exit(1)
@@ -127,6 +133,7 @@ def regenerate(
         new[case.id] = golden
 
     selected = _selected(only)
+    store.check_folder(folder)
     _each(selected, make)
     if unexplained and old and not reason:
         console.print(
@@ -162,7 +169,7 @@ def diff(only: Only = "", folder: Folder = store.FOLDER) -> None:
         if fields or stages or inputs_changed:
             changed.append(case.id)
             for name, (was, now) in fields.items():
-                console.print(f"recipe  {case.id}: {name} {was} -> {now}", highlight=False, soft_wrap=True)
+                _say(f"recipe  {case.id}: {name} {was} -> {now}")
             _print_change(run, before, ["inputs"] * inputs_changed + stages, folder)
 
     selected = _selected(only)
@@ -182,7 +189,7 @@ def _print_change(run: CaseRun, before: dict[str, Any], changed: list[str], fold
         try:
             golden = store.read_entry(before, folder)
         except store.GoldenError as error:
-            console.print(f"  {name}: {error}", highlight=False)
+            _say(f"  {name}: {error}")
             continue
         rows = len(store.changed_rows(name, golden, trace))
         console.print(f"  {name}: {rows or 'all'} of {trace[name].shape[0]} rows", highlight=False)
@@ -212,10 +219,10 @@ def capture(
     try:
         capturing.run(out, quick, console)
     except EnvironmentMissing as error:
-        console.print(f"environment: {error}", highlight=False, soft_wrap=True)
+        _say(f"environment: {error}")
         raise typer.Exit(3) from None
     except (BuildError, capturing.ChipDiffers) as error:
-        console.print(f"[red]{error}[/]", highlight=False, soft_wrap=True)
+        _say(str(error), "red")
         raise typer.Exit(1) from None
 
 
@@ -223,11 +230,11 @@ def main() -> None:
     """Runs the command line; what ends in a known error gets one sentence and its status."""
     try:
         app()
-    except (store.GoldenError, silicon.SiliconError, TableError) as error:
-        console.print(f"[red]{error}[/]", highlight=False, soft_wrap=True)
+    except (store.GoldenError, TableError) as error:
+        _say(str(error), "red")
         sys.exit(1)
     except EnvironmentMissing as error:
-        console.print(f"environment: {error}", highlight=False, soft_wrap=True)
+        _say(f"environment: {error}")
         sys.exit(3)
 
 

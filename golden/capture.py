@@ -122,6 +122,8 @@ def run(out_dir: Path = silicon.FOLDER, quick: bool = False, console: Console | 
     quick: a small part of everything, and nothing is written. Raises EnvironmentMissing without an SM90 chip, and
     ChipDiffers when an output is not what the atoms predict.
     """
+    if not quick:
+        silicon.check_folder(Path(out_dir))  # at once, and not after minutes of measuring
     chip, console = Probes(), console or Console()
     section, files = measure(chip, QUICK if quick else FULL, versions(chip.built), console)
     if not quick:

@@ -16,13 +16,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
-from megaproof.golden import tiles
+from megaproof.golden import folders, tiles, untrusted
+from megaproof.golden.errors import GoldenError
 from megaproof.quant import tables
 from megaproof.quant.host_state import guarded
-from megaproof.toolchain.files import replace
+from megaproof.toolchain.errors import escaped
 
 FOLDER = Path(__file__).resolve().parent / "silicon"
 ALL_INPUTS = 1 << 32
@@ -30,7 +31,7 @@ DIGEST_BLOCK = 1 << 20
 DIGEST_FACTORS = (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F)
 
 
-class SiliconError(RuntimeError):
+class SiliconError(GoldenError):
     """A capture that is missing, damaged or does not say what it must; the message names file and rule."""
 
 
@@ -48,7 +49,7 @@ class Vector:
 
 def tables_folder(folder: Path) -> Path:
     """Where the tables of the captures in `folder` are: in quant/chips; those of captures elsewhere lie beside them."""
-    return tables.FOLDER if folder == FOLDER else folder
+    return tables.FOLDER if folder.resolve() == FOLDER else folder
 
 
 def manifest(folder: Path = FOLDER) -> dict[str, Any]:
@@ -57,12 +58,38 @@ def manifest(folder: Path = FOLDER) -> dict[str, Any]:
     if not path.exists():
         return {"chips": {}}
     try:
-        content = json.loads(path.read_text())
-        if not isinstance(content["chips"], dict):
-            raise TypeError("'chips' is no table")
-    except (ValueError, KeyError, TypeError) as error:
+        content = untrusted.parsed(untrusted.read(path, untrusted.MANIFEST_BYTES))
+        found = untrusted.checked("the manifest", content, {"chips": lambda value: isinstance(value, dict)})["chips"]
+        for chip, section in found.items():
+            _check_section(chip, section)
+    except (GoldenError, ValueError) as error:
         raise SiliconError(f"{path.name} of golden/silicon is damaged ({error}): restore it from git") from error
     return content
+
+
+def _check_section(chip: str, section: Any) -> None:
+    """Raises ValueError unless the section of a chip is whole, so that nothing behind it has to ask."""
+    sha256, count = untrusted.is_sha256, untrusted.is_count
+    of = f"of {escaped(chip)}"
+    file = {"file": folders.is_data_file, "file_sha256": sha256}
+    run = {"outputs": count, "mismatches": count, "digest": sha256}
+    group = {
+        "family": lambda value: isinstance(value, str) and value in tiles.FAMILIES,
+        "n": lambda value: count(value, 257) and value > 0 and value % 8 == 0,
+        "cases": lambda value: count(value, 65) and value > 0,
+        "inputs_sha256": sha256,
+    }
+    parts = ("tables", "vectors", "wgmma", "fma", "sweeps")
+    untrusted.checked(f"the section {of}", section, dict.fromkeys(parts, lambda value: isinstance(value, dict)))
+    untrusted.checked(f"tables {of}", section["tables"], dict.fromkeys(tables.NAMES, lambda value: True))
+    for name, table in section["tables"].items():
+        untrusted.checked(f"table {name} {of}", table, {**file, "sha256": sha256})
+    untrusted.checked(f"vectors {of}", section["vectors"], {**file, "groups": lambda value: isinstance(value, dict)})
+    for name, drawn in section["vectors"]["groups"].items():
+        untrusted.checked(f"vectors {name} {of}", drawn, group)
+    for kind in ("wgmma", "fma", "sweeps"):
+        for name, result in section[kind].items():
+            untrusted.checked(f"{kind} {name} {of}", result, run)
 
 
 def chips(folder: Path = FOLDER) -> list[str]:
@@ -126,26 +153,44 @@ def verify(chip: str, folder: Path = FOLDER) -> dict[str, int]:
     return {"tables": len(tables.NAMES), "vector outputs": outputs, "sweeps": len(section["sweeps"])}
 
 
-def publish(out_dir: Path, chip: str, section: dict[str, Any], files: dict[str, bytes]) -> None:
-    """Stores a section: data files first, under names that hold their sha256, then the list of tables and the
-    manifest, then old files go.
+def check_folder(out_dir: Path = FOLDER) -> None:
+    """Raises GoldenError where a capture can't be written, since a file is there that is not of the captures."""
+    names = {path.name for path in _files(out_dir, manifest(out_dir))} | {"manifest.json", "tables.json"}
+    for folder in {out_dir, tables_folder(out_dir)}:
+        folders.refuse_foreign(folder, names, out_dir)
 
-    Each file is written beside and renamed: a reader sees the old capture or the new one, whole.
+
+def _files(out_dir: Path, content: dict[str, Any]) -> set[Path]:
+    """The data files that a manifest names."""
+    found = set()
+    for section in content["chips"].values():
+        found.add(out_dir / section["vectors"]["file"])
+        found.update(tables_folder(out_dir) / table["file"] for table in section["tables"].values())
+    return found
+
+
+def publish(out_dir: Path, chip: str, section: dict[str, Any], files: dict[str, bytes]) -> None:
+    """Stores a section under the folder's lock: data files first, under names that hold their sha256, then the list
+    of tables and the manifest, then files that only the manifest before named go.
+
+    Each file is written beside and renamed: a reader sees the old capture or the new one, whole. Raises GoldenError
+    where the folder holds a foreign file, another process writes it, or it can't be written.
     """
-    content = manifest(out_dir)
-    content["chips"][chip] = section
-    content["chips"] = dict(sorted(content["chips"].items()))
-    out_dir.mkdir(parents=True, exist_ok=True)
-    tables_dir, of_tables = tables_folder(out_dir), {table["file"] for table in section["tables"].values()}
-    for name, data in files.items():
-        replace((tables_dir if name in of_tables else out_dir) / name, data)
-    listed = {c: {name: _listed(t) for name, t in s["tables"].items()} for c, s in content["chips"].items()}
-    replace(tables_dir / "tables.json", (json.dumps(listed, indent=1) + "\n").encode())
-    replace(out_dir / "manifest.json", (json.dumps(content, indent=1) + "\n").encode())
-    named = {part["file"] for s in content["chips"].values() for part in (*s["tables"].values(), s["vectors"])}
-    for path in (*out_dir.glob("*.safetensors"), *tables_dir.glob("*.safetensors")):
-        if path.name not in named:
-            path.unlink(missing_ok=True)
+    check_folder(out_dir)
+    with folders.one_writer(out_dir):
+        check_folder(out_dir)
+        content = manifest(out_dir)
+        before = _files(out_dir, content)
+        content["chips"][chip] = section
+        content["chips"] = dict(sorted(content["chips"].items()))
+        tables_dir, of_tables = tables_folder(out_dir), {table["file"] for table in section["tables"].values()}
+        data = {(tables_dir if name in of_tables else out_dir) / name: blob for name, blob in files.items()}
+        listed = {c: {name: _listed(t) for name, t in s["tables"].items()} for c, s in content["chips"].items()}
+        lists = {
+            tables_dir / "tables.json": (json.dumps(listed, indent=1) + "\n").encode(),
+            out_dir / "manifest.json": (json.dumps(content, indent=1) + "\n").encode(),
+        }
+        folders.write(out_dir, data, lists, before, {path.name for path in _files(out_dir, content)})
 
 
 def _listed(table: dict[str, str]) -> dict[str, str]:
@@ -199,14 +244,14 @@ def digest_powers() -> np.ndarray:
     return out.view(np.int64)
 
 
-def file_digest(path: Path) -> str:
-    """sha256 of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def _read(path: Path, sha256: str) -> dict[str, Tensor]:
+    name = f"{path.parent.name}/{path.name}"
     if not path.is_file():
-        raise SiliconError(f"{path.parent.name}/{path.name} is missing, but the manifest names it: restore it from git")
-    if file_digest(path) != sha256:
-        raise SiliconError(f"{path.parent.name}/{path.name} is damaged: its sha256 is not the manifest's")
-    return load_file(path)
+        raise SiliconError(f"{name} is missing, but the manifest names it: restore it from git")
+    try:
+        blob = untrusted.read(path, untrusted.DATA_BYTES)
+        if hashlib.sha256(blob).hexdigest() != sha256:
+            raise SiliconError(f"{name} is damaged: its sha256 is not the manifest's")
+        return untrusted.tensors(name, blob)
+    except GoldenError as error:
+        raise SiliconError(str(error)) from error

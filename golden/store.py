@@ -17,24 +17,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from megaproof.cases import case_io
 from megaproof.cases.cases import Case
+from megaproof.golden import folders, untrusted
+from megaproof.golden.errors import GoldenError
 from megaproof.quant.host_state import guarded
 from megaproof.quant.recipe import Recipe, RecipeError
 from megaproof.reference.stages import STAGES
-from megaproof.toolchain.files import replace
+from megaproof.toolchain.errors import escaped
 
 FOLDER = Path(__file__).resolve().parent
 WHOLE_TRACE_BYTES = 200_000
 """A trace up to this size is stored whole; of a larger one, a digest a row."""
-
-
-class GoldenError(RuntimeError):
-    """A golden that is missing or damaged; the message names the file and what to do."""
 
 
 class RecipeChanged(GoldenError):
@@ -107,9 +104,44 @@ def read_manifest(folder: Path = FOLDER) -> dict[str, Any]:
     if not path.is_file():
         raise GoldenError("golden/manifest.json is missing: restore it, or run `python -m golden regenerate`")
     try:
-        return dict(json.loads(path.read_text())["cases"])
-    except (ValueError, KeyError, TypeError) as error:
+        content = untrusted.parsed(untrusted.read(path, untrusted.MANIFEST_BYTES))
+        cases = untrusted.checked("the manifest", content, {"cases": lambda value: isinstance(value, dict)})["cases"]
+        for case_id, entry in cases.items():
+            _check_entry(case_id, entry)
+    except ValueError as error:
         raise GoldenError(f"golden/manifest.json is damaged ({error}): restore it") from error
+    return cases
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+_ENTRY = {
+    "recipe_id": untrusted.is_sha256,
+    "recipe": lambda value: isinstance(value, dict),
+    "seed": lambda value: untrusted.is_count(value, 1 << 64),
+    "inputs_sha256": untrusted.is_sha256,
+    "stages": lambda value: isinstance(value, dict) and all(map(untrusted.is_sha256, value.values())),
+    "data": lambda value: value in ("stages", "row digests"),
+    "producer": _is_text,
+    "versions": lambda value: isinstance(value, dict),
+    "reason": _is_text,
+    "file": folders.is_data_file,
+    "file_sha256": untrusted.is_sha256,
+}
+"""Key of an entry -> whether its value may stand there."""
+
+
+def _check_entry(case_id: str, entry: Any) -> None:
+    """Raises ValueError unless an entry of the manifest is whole, so that nothing behind it has to ask."""
+    untrusted.checked(f"the entry of {escaped(case_id)}", entry, _ENTRY)
+    if entry["file"] != _file_name(entry["file_sha256"]):
+        raise ValueError(f"{entry['file']} is named for {escaped(case_id)}, and its sha256 belongs to another name")
+
+
+def _file_name(sha256: str) -> str:
+    return f"{sha256[:16]}.safetensors"
 
 
 def read(case: Case, folder: Path = FOLDER) -> Golden:
@@ -118,6 +150,18 @@ def read(case: Case, folder: Path = FOLDER) -> Golden:
     Raises GoldenError when it is missing or damaged, RecipeChanged when it belongs to another recipe.
     """
     entries = read_manifest(folder)
+    while True:
+        try:
+            return _read(case, entries, folder)
+        except GoldenError:
+            # A writer may have put another set in place meanwhile: then what was read is no set any more.
+            now = read_manifest(folder)
+            if now.get(case.id) == entries.get(case.id):
+                raise
+            entries = now
+
+
+def _read(case: Case, entries: Mapping[str, Any], folder: Path) -> Golden:
     if case.id not in entries:
         raise GoldenError(f"no golden for {case.id}: run `python -m golden regenerate --reason ...` and commit it")
     entry = entries[case.id]
@@ -127,39 +171,77 @@ def read(case: Case, folder: Path = FOLDER) -> Golden:
             f"{case.recipe.recipe_id[:12]} ({_recipe_diff(entry['recipe'], case.recipe)}); "
             "if the change is meant, run `python -m golden regenerate`"
         )
-    return read_entry(entry, folder)
+    golden = read_entry(entry, folder)
+    for name, tensor in golden.data.items():
+        _check_shape(case, name, tensor, entry)
+    return golden
+
+
+def _check_shape(case: Case, name: str, tensor: Tensor, entry: Mapping[str, Any]) -> None:
+    """Raises GoldenError where a tensor can't be the case's: another dtype, other columns, more rows than there are."""
+    stage, whole = STAGES[name], entry["data"] == "stages"
+    tokens = sum(case.tokens)
+    rows = {"slot": tokens * case.shape.topk, "token": tokens, "expert": case.shape.experts}[stage.rows]
+    if stage.columns is None and not whole:
+        rows = 1
+    columns = [stage.width(case.shape, case.recipe)] if whole and stage.columns else []
+    dtype = stage.format(case.recipe).dtype if whole else torch.int64
+    fits = tensor.shape[0] <= rows if stage.rows == "slot" else tensor.shape[0] == rows
+    if tensor.dtype != dtype or not fits or (tensor.shape[0] and list(tensor.shape[1:]) != columns):
+        found = f"{tensor.dtype} {list(tensor.shape)}"
+        raise GoldenError(f"golden/data/{entry['file']} is damaged: {name} of {case.id} can't be {found}; restore it")
 
 
 def read_entry(entry: dict[str, Any], folder: Path = FOLDER) -> Golden:
     """The golden of an entry of the manifest. Raises GoldenError when its file is missing or damaged."""
+    name = f"golden/data/{entry['file']}"
     path = folder / "data" / entry["file"]
     if not path.is_file():
-        raise GoldenError(f"golden/data/{entry['file']} is missing: restore it")
-    blob = path.read_bytes()
+        raise GoldenError(f"{name} is missing: restore it")
+    blob = untrusted.read(path, untrusted.DATA_BYTES)
     if hashlib.sha256(blob).hexdigest() != entry["file_sha256"]:
-        raise GoldenError(f"golden/data/{entry['file']} is damaged: its sha256 is not the manifest's")
-    return Golden(entry, load_tensors(blob))
+        raise GoldenError(f"{name} is damaged: its sha256 is not the manifest's")
+    data = untrusted.tensors(name, blob)
+    if not data.keys() == entry["stages"].keys() == STAGES.keys():
+        raise GoldenError(
+            f"{name} is damaged: it and the manifest must have the stages {', '.join(STAGES)}; restore it"
+        )
+    return Golden(entry, data)
+
+
+def check_folder(folder: Path = FOLDER) -> None:
+    """Raises GoldenError where a set can't be written, since a file is there that is not of the goldens: it is named.
+
+    `write` asks this too; a command asks it before its work.
+    """
+    if folder.resolve() != FOLDER:
+        folders.refuse_other_folder(folder, ("manifest.json", "data"))
+    named = {entry["file"] for entry in read_manifest_or_none(folder).values()}
+    folders.refuse_foreign(folder / "data", named, folder)
 
 
 def write(goldens: Mapping[str, Golden], keep: Iterable[str] = (), folder: Path = FOLDER) -> None:
-    """Replaces the whole set: data files first, the manifest by one rename, files no longer named last.
+    """Replaces the whole set under the folder's lock: data files first, the manifest by one rename, old files last.
 
-    `keep` lists ids whose present entries stay. Interrupted at any point, the old set or the new one is whole.
+    `keep` lists ids whose present entries stay. Interrupted or killed at any point, the old set or the new one is
+    whole. Raises GoldenError where the folder holds a foreign file, another process writes it, or it can't be written.
     """
-    (folder / "data").mkdir(parents=True, exist_ok=True)
-    cases = {case_id: entry for case_id, entry in read_manifest_or_none(folder).items() if case_id in set(keep)}
-    for case_id, golden in goldens.items():
-        blob = save_tensors(golden.data)
-        sha256 = hashlib.sha256(blob).hexdigest()
-        file = f"{sha256[:16]}.safetensors"
-        replace(folder / "data" / file, blob)
-        cases[case_id] = {**golden.entry, "file": file, "file_sha256": sha256}
-    text = json.dumps({"cases": dict(sorted(cases.items()))}, indent=1, sort_keys=True) + "\n"
-    replace(folder / "manifest.json", text.encode())
-    named = {entry["file"] for entry in cases.values()}
-    for path in (folder / "data").glob("*.safetensors"):
-        if path.name not in named:
-            path.unlink()
+    check_folder(folder)
+    with folders.one_writer(folder):
+        check_folder(folder)
+        (folder / "data").mkdir(exist_ok=True)
+        old, kept, data = read_manifest_or_none(folder), set(keep), {}
+        cases = {case_id: entry for case_id, entry in old.items() if case_id in kept}
+        for case_id, golden in goldens.items():
+            blob = save_tensors(golden.data)
+            sha256 = hashlib.sha256(blob).hexdigest()
+            file = _file_name(sha256)
+            data[folder / "data" / file] = blob
+            cases[case_id] = {**golden.entry, "file": file, "file_sha256": sha256}
+        text = json.dumps({"cases": dict(sorted(cases.items()))}, indent=1, sort_keys=True) + "\n"
+        before = {folder / "data" / entry["file"] for entry in old.values()}
+        named = {entry["file"] for entry in cases.values()}
+        folders.write(folder, data, {folder / "manifest.json": text.encode()}, before, named)
 
 
 def read_manifest_or_none(folder: Path = FOLDER) -> dict[str, Any]:

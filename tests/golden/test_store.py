@@ -129,32 +129,6 @@ def _flip(path: Path) -> None:
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("written", range(3), ids=["before-data", "before-manifest", "before-clean-up"])
-def test_an_interrupted_write_leaves_the_old_set_whole(
-    folder: Path, written: int, computed: tuple[str, dict[str, torch.Tensor]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sha256, trace = computed
-    new = store.make_entry(CASE, sha256, changed(trace, "y"), "test", "another reason")
-    real, calls = store.replace, []
-
-    def interrupted(path: Path, data: bytes) -> None:
-        if len(calls) == written:
-            raise KeyboardInterrupt
-        calls.append(path)
-        real(path, data)
-
-    monkeypatch.setattr(store, "replace", interrupted)
-    if written < 2:
-        with pytest.raises(KeyboardInterrupt):
-            store.write({CASE.id: new}, folder=folder)
-        assert store.check(CASE, store.read(CASE, folder), sha256, trace) > 0
-    else:
-        store.write({CASE.id: new}, folder=folder)
-        assert store.read(CASE, folder).entry["reason"] == "another reason"
-        assert len(list((folder / "data").iterdir())) == 1
-    assert not list(folder.rglob(".golden-*"))
-
-
 # --- the command line -------------------------------------------------------------------------------------------------
 
 
