@@ -20,7 +20,7 @@ from torch import Tensor
 from megaproof.cases.cases import CASES, Case
 from megaproof.cases.compare import bits
 from megaproof.cases.run import CaseRun, run_case
-from megaproof.golden import silicon, store
+from megaproof.golden import folders, silicon, store
 from megaproof.quant import twin
 from megaproof.quant.recipe import Recipe
 from megaproof.quant.tables import TableError
@@ -133,7 +133,8 @@ def regenerate(
         new[case.id] = golden
 
     selected = _selected(only)
-    store.check_folder(folder)
+    if not folders.is_being_written(folder):  # what a writer has half done is not foreign; `write` looks again
+        store.check_folder(folder)
     _each(selected, make)
     if unexplained and old and not reason:
         console.print(

@@ -47,6 +47,11 @@ def one_writer(folder: Path) -> Iterator[None]:
         ) from error
 
 
+def is_being_written(folder: Path) -> bool:
+    """Whether a writer is at work in a folder, or was when it was killed."""
+    return (folder / files.LOCK).exists()
+
+
 def refuse_foreign(folder: Path, named: Collection[str], journal: Path) -> None:
     """Raises GoldenError that names the first thing in a folder that is neither a file of these names nor a leftover.
 

@@ -176,7 +176,6 @@ def publish(out_dir: Path, chip: str, section: dict[str, Any], files: dict[str, 
     Each file is written beside and renamed: a reader sees the old capture or the new one, whole. Raises GoldenError
     where the folder holds a foreign file, another process writes it, or it can't be written.
     """
-    check_folder(out_dir)
     with folders.one_writer(out_dir):
         check_folder(out_dir)
         content = manifest(out_dir)

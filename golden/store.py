@@ -226,7 +226,6 @@ def write(goldens: Mapping[str, Golden], keep: Iterable[str] = (), folder: Path 
     `keep` lists ids whose present entries stay. Interrupted or killed at any point, the old set or the new one is
     whole. Raises GoldenError where the folder holds a foreign file, another process writes it, or it can't be written.
     """
-    check_folder(folder)
     with folders.one_writer(folder):
         check_folder(folder)
         (folder / "data").mkdir(exist_ok=True)
