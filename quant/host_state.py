@@ -66,7 +66,7 @@ class _Shared:
         with self.lock:
             self.inside -= 1
             if self.inside == 0:
-                dtype, deterministic, warn_only = self.saved
+                dtype, deterministic, warn_only = self.saved  # type: ignore[misc]
                 torch.set_default_dtype(dtype)
                 if deterministic:
                     torch.use_deterministic_algorithms(True, warn_only=warn_only)
@@ -150,7 +150,7 @@ def _float_environment() -> Iterator[None]:
         yield
     finally:
         if is_set:
-            _LIBM.fesetenv(saved)
+            _LIBM.fesetenv(saved)  # type: ignore[union-attr]
 
 
 def _is_ieee() -> bool:

@@ -113,7 +113,7 @@ def through_experts(
 
         own = l1_acts[rows], l1_acts_sf[rows], weight[rows]
         remembers = isinstance(weights, Remembering)
-        made = weights.once((e, recipe, arith), compute, *own) if remembers else compute(*own)
+        made = weights.once((e, recipe, arith), compute, *own) if remembers else compute(*own)  # type: ignore[attr-defined]
         out = made.pop("slots")
         return rows, made, out
 
