@@ -10,6 +10,7 @@ from megaproof.bench.measure.phases import phases_command
 from megaproof.bench.measure.twins import twins_command
 from megaproof.bench.model.floor import floor_command
 from megaproof.bench.report.page import report_command
+from megaproof.toolchain import signals
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 app.command("sweep")(sweep_command)
@@ -29,4 +30,5 @@ def commands() -> None:
 
 
 if __name__ == "__main__":
+    signals.exit_on_sigterm()
     app()

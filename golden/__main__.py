@@ -24,7 +24,7 @@ from megaproof.golden import folders, silicon, store
 from megaproof.quant import twin
 from megaproof.quant.recipe import Recipe
 from megaproof.quant.tables import TableError
-from megaproof.toolchain import optimized
+from megaproof.toolchain import optimized, signals
 from megaproof.toolchain.errors import BuildError, EnvironmentMissing, escaped
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -240,4 +240,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    signals.exit_on_sigterm()
     main()

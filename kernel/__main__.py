@@ -11,7 +11,7 @@ import typer
 
 from megaproof import moved
 from megaproof.kernel.programs import PINS, PROGRAMS
-from megaproof.toolchain import gate, sass
+from megaproof.toolchain import gate, sass, signals
 from megaproof.toolchain.build import Built
 from megaproof.toolchain.errors import BuildError, EnvironmentMissing
 from megaproof.toolchain.program import Program
@@ -128,4 +128,5 @@ def _line(row: dict[str, Any]) -> str:
 
 if __name__ == "__main__":
     moved.refuse_old_command("kernel")
+    signals.exit_on_sigterm()
     app()

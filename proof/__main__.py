@@ -10,7 +10,7 @@ from megaproof.proof.faults.delays import delays_command
 from megaproof.proof.report.command import report_command
 from megaproof.proof.sanitize import sanitize_command
 from megaproof.proof.worlds.command import gloo_command
-from megaproof.toolchain import optimized
+from megaproof.toolchain import optimized, signals
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 app.command("wrong")(wrong_command)
@@ -31,4 +31,5 @@ def commands() -> None:
 
 
 if __name__ == "__main__":
+    signals.exit_on_sigterm()
     app()

@@ -9,13 +9,14 @@ import argparse
 import importlib.util
 import os
 import re
+import signal
 import sys
 import traceback
 
 import pytest
 
 from megaproof import moved
-from megaproof.toolchain import optimized
+from megaproof.toolchain import optimized, signals
 from megaproof.toolchain.optimized import EXIT_ENVIRONMENT
 
 MAX_RANKS = 72
@@ -144,6 +145,17 @@ def check_python() -> None:
         names = ", ".join(missing)
         needed = "nothing of the suite works without; `make setup` prints an interpreter that has all it needs"
         pytest.exit(f"{sys.executable} (Python {found}) has no {names}: {needed}", EXIT_ENVIRONMENT)
+
+
+def end_on_sigterm() -> None:
+    """SIGTERM ends the session as an interrupt does: fixtures are torn down, and what is open is tidied up."""
+
+    def end(number: int, _: object) -> None:
+        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+        pytest.exit("SIGTERM", signals.EXIT_TERMINATED)
+
+    if signals.may_handle_sigterm():
+        signal.signal(signal.SIGTERM, end)
 
 
 def share_cores(config: pytest.Config) -> None:

@@ -63,6 +63,7 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("markers", marker)
     config.addinivalue_line("filterwarnings", "error::pytest.PytestUnknownMarkWarning")
     options.check_python()
+    options.end_on_sigterm()
     options.share_cores(config)
     options.check(config)
     record = Record.of(config)

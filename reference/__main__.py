@@ -30,6 +30,7 @@ from megaproof.quant import twin
 from megaproof.reference import oracle
 from megaproof.reference.operands import plain
 from megaproof.reference.stages import STAGES
+from megaproof.toolchain import signals
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 console = Console()
@@ -200,4 +201,5 @@ def error(
 
 
 if __name__ == "__main__":
+    signals.exit_on_sigterm()
     app()

@@ -14,6 +14,7 @@ ends, when the caller closes the socket, and when the caller or this process end
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import gc
@@ -188,6 +189,7 @@ def _be(template: int, request: int, output: int, errors: int, paths: list[str])
         sys.path[:] = [*_python_path(os.environ), *paths]
         importlib.invalidate_caches()
         status = _status_of(lambda: function(said["function"])(said["argument"]))
+        atexit._run_exitfuncs()  # what the interpreter does at its end; _exit leaves the template's own end out
     except BaseException:
         traceback.print_exc()
     finally:

@@ -21,12 +21,21 @@ from megaproof.toolchain.errors import EnvironmentMissing
 console = Console(highlight=False, soft_wrap=True)
 
 
+def _seconds(value: float) -> float:
+    if not value > 0:  # nan is not
+        raise typer.BadParameter(f"{value:g} must be more than 0 seconds; inf is no limit")
+    return value
+
+
 def gloo_command(
     case_id: Annotated[str, typer.Argument(metavar="CASE", help="a case id of cases/cases.py; it says how many ranks")],
     quiet: Annotated[
-        float, typer.Option(min=0, help="seconds without progress after which a rank counts as hung")
+        float,
+        typer.Option(callback=_seconds, help="seconds without progress after which a rank hangs, or inf"),
     ] = Limits.quiet_s,
-    timeout: Annotated[float, typer.Option(min=0, help="seconds after which a run is too late")] = Limits.whole_s,
+    timeout: Annotated[
+        float, typer.Option(callback=_seconds, help="seconds after which a run is too late, or inf")
+    ] = Limits.whole_s,
 ) -> None:
     """Runs the case both ways and compares every stage, bit for bit.
 

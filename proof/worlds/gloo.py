@@ -26,12 +26,14 @@ from megaproof.cases.run import dimensions
 from megaproof.proof.worlds.supervisor import Finding, Kind, Limits, Mark, Supervisor, View
 from megaproof.reference.layer import LayerResult
 from megaproof.reference.ranks import RankResult, gather
-from megaproof.toolchain import child
+from megaproof.toolchain import child, files
 from megaproof.toolchain.errors import EnvironmentMissing
 
 POLL_S = 0.05
 GLOO_EXTRA_S = 3600.0
 """How much longer gloo waits inside an exchange than a run may take: the supervisor decides first who hangs."""
+LONGEST_GLOO_S = 365 * 86400.0
+"""A run may take for ever (inf); a limit of gloo has to be a number of milliseconds."""
 DUMP_S = 30.0
 """How long a rank that hangs is given to print its stack; it takes milliseconds unless the machine is busy."""
 STACK_ENDS = ("in _run_module_as_main\n", "  ...\n")
@@ -74,7 +76,7 @@ def rank_results(
 
     Raises:
         RankFailure: a rank raised, died, hung, or the run took too long; names the rank that was first.
-        EnvironmentMissing: this is not Linux, or this torch has no gloo.
+        EnvironmentMissing: this is not Linux, this torch has no gloo, or there is no temporary folder.
     """
     if sys.platform != "linux":
         raise EnvironmentMissing(
@@ -84,12 +86,12 @@ def rank_results(
         raise EnvironmentMissing("this torch was built without gloo; ranks as processes need it, all else works")
     supervisor = supervisor or Supervisor(Limits(), time.monotonic)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    with tempfile.TemporaryDirectory(prefix="megaproof-ranks-") as name:
+    with tempfile.TemporaryDirectory(prefix="ranks-", dir=files.scratch()) as name:
         folder = Path(name)
         job = {
             "folder": str(folder),
             "case": case_io.to_json(case),
-            "exchange_timeout_s": supervisor.limits.whole_s + GLOO_EXTRA_S,
+            "exchange_timeout_s": min(supervisor.limits.whole_s, LONGEST_GLOO_S) + GLOO_EXTRA_S,
             "before": before,
             "device": device,
         }

@@ -38,6 +38,12 @@ class Limits:
     echo_s: float = 10.0
     """How long the failure of a rank whose peer is gone waits for the cause, once nothing else happens."""
 
+    def __post_init__(self) -> None:
+        """inf is no limit. Raises ValueError for what is no time: 0, less, or NaN."""
+        for name, value in dataclasses.asdict(self).items():
+            if not value > 0:
+                raise ValueError(f"{name} = {value} must be more than 0 seconds")
+
 
 @dataclass(frozen=True)
 class Mark:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from megaproof.reference.stages import STAGES
 from megaproof.tests.support import wheel
 from megaproof.tests.support.house import ROOT, ROWS
 from megaproof.tests.support.patience import PATIENCE_S
@@ -15,14 +16,22 @@ from megaproof.tests.support.patience import PATIENCE_S
 THEIRS = [name for name in ROWS if name != "megaproof"] + ["conftest", "setup"]
 SAYS = 'raise RuntimeError(f"{__name__} of the user was run")\n'
 
-IMPORTS = """
-import sys
+COMMANDS = ("kernel", "golden", "reference", "bench", "proof")
+IMPORTS = f"""
+import runpy, sys
 from megaproof.kernel import api
 from megaproof.golden import store
 from megaproof.proof import adapters, prove
 from megaproof.bench import command
 from megaproof.tests.support import tiny
-assert not set(sys.argv[1:]) & set(sys.modules), sys.modules.keys()
+theirs = set(sys.argv[1:])
+for module in {COMMANDS}:
+    sys.argv[1:] = ["--help"]
+    try:
+        runpy.run_module(f"megaproof.{{module}}", run_name="__main__", alter_sys=True)
+    except SystemExit as ended:
+        assert not ended.code, ended
+assert not theirs & set(sys.modules), sys.modules.keys()
 """
 
 
@@ -50,32 +59,28 @@ def run(theirs: Path, *arguments: str, cwd: Path | None = None) -> subprocess.Co
 def test_their_modules_are_run_by_a_bare_import(theirs: Path) -> None:
     """So that this folder is what the other tests take it for."""
     for name in THEIRS:
-        assert f"{name} of the user was run" in run(theirs, "-c", f"import {name}").stderr
+        assert f"{name} of the user was run" in run(theirs, "-S", "-c", f"import {name}").stderr
 
 
-def test_imports(theirs: Path) -> None:
+def test_imports_and_commands(theirs: Path) -> None:
+    """One process imports everything once; each command prints its help there, as `-m` would run it."""
     done = run(theirs, "-c", IMPORTS, *THEIRS)
     assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.parametrize("module", ["kernel", "golden", "reference", "bench", "proof"])
-def test_commands(theirs: Path, module: str) -> None:
-    done = run(theirs, "-m", f"megaproof.{module}", "--help")
-    assert done.returncode == 0, done.stderr
-    assert f"python -m megaproof.{module}" in done.stdout
+    for module in COMMANDS:
+        assert f"python -m megaproof.{module}" in done.stdout
 
 
 def test_children_of_a_command(theirs: Path) -> None:
-    """Ranks as processes: each is a Python of its own, started from the user's folder."""
+    """Ranks as processes, started from the user's folder as a user starts them."""
     done = run(theirs, "-m", "megaproof.proof", "gloo", "smoke-r2-t7x4-clamp10-fast0-uniform")
     assert done.returncode == 0, done.stdout + done.stderr
+    assert f"0 of {len(STAGES) + 1} stages differ" in done.stdout
 
 
 def test_pytest_in_the_checkout(theirs: Path) -> None:
     """Test modules are loaded as tests.<folder>.test_<room>, whatever package `tests` comes first on the path."""
-    files = ["tests/quant/test_formats.py", "tests/cases/test_position.py", "tests/kernel/host/test_sizes.py"]
-    options = ["-q", "-p", "no:cacheprovider", "-k", "formats or position"]
-    done = run(theirs, "-m", "pytest", *options, *files, cwd=ROOT)
+    files = ["tests/quant/test_recipe.py", "tests/cases/test_cases.py", "tests/kernel/host/test_sizes.py"]
+    done = run(theirs, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout
 

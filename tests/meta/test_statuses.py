@@ -229,7 +229,7 @@ def test_a_fixed_expected_failure_is_a_failure(tmp_path: Path) -> None:
     assert run.returncode == 1, run.stdout
 
 
-@pytest.mark.parametrize("workers", [[], ["-n", "2"]], ids=["alone", "xdist"])
+@pytest.mark.parametrize("workers", [[], ["-n", "1"]], ids=["alone", "xdist"])
 def test_ranks_that_no_case_has_are_not_green(tmp_path: Path, workers: list[str]) -> None:
     """What passes beside the cases proves nothing of them."""
     if workers and not find_spec("xdist"):

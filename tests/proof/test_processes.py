@@ -308,6 +308,19 @@ def test_a_run_that_fails_is_status_1(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "rank 0 of 2 late: the run has not ended\nin exchange 2" in output
 
 
+@pytest.mark.parametrize("option", ["--timeout", "--quiet"])
+@pytest.mark.parametrize("value", ["nan", "0", "-1", "-inf"])
+def test_what_is_no_time_is_a_usage_error(option: str, value: str) -> None:
+    status, output = invoke(CASE.id, option, value)
+    assert status == 2
+    assert f"{float(value):g} must be more than 0 seconds" in " ".join(output.replace("│", " ").split())
+
+
+def test_without_a_limit_a_run_is_as_ever() -> None:
+    status, output = invoke(CASE.id, "--timeout", "inf", "--quiet", "inf")
+    assert status == 0, output
+
+
 def test_an_unknown_case_is_a_usage_error() -> None:
     status, output = invoke("no-such-case")
     assert status == 2

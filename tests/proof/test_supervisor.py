@@ -290,3 +290,15 @@ def test_a_mark_survives_its_file() -> None:
 
 def test_a_status_in_words() -> None:
     assert (status(1), status(-9)) == ("exit status 1", "signal SIGKILL")
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), -float("inf")])
+def test_a_limit_that_is_no_time_is_refused(value: float) -> None:
+    with pytest.raises(ValueError, match=f"whole_s = {value} must be more than 0 seconds"):
+        Limits(whole_s=value)
+
+
+def test_no_limit_is_never_reached() -> None:
+    scene = Scene(1, Limits(whole_s=float("inf"), quiet_s=float("inf")))
+    scene.computes(0)
+    assert scene.during(5000) == [None] * 5000
