@@ -38,7 +38,7 @@ help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 18
 
 gate:  ## the gate: every dsv4_flash case at 8 ranks
-	@$(with_python); set -x; "$$python" -m pytest -k dsv4_flash --ranks 8 $(PYTEST_ARGS)
+	@$(with_python); set -x; "$$python" -m pytest -k dsv4_flash --ranks 8 --require-pinned $(PYTEST_ARGS)
 
 test:  ## formatting, lint, types and the whole suite, on two workers where pytest-xdist is installed
 	@$(with_python); $(call with_ruff,$(check)); $(call with_clang_format,--dry-run -Werror); \

@@ -86,7 +86,7 @@ def build_command(
     failed: dict[str, str] = {}
     for name in names:
         try:
-            built = PROGRAMS[name].compile()
+            built = PROGRAMS[name].compile(cache=not pin)
             rows, faults = examine(PROGRAMS[name], built)
             configurations += rows
             gate.refuse(faults)

@@ -13,6 +13,8 @@ from megaproof.proof.options import first_line
 
 PACKAGES = ("torch", "numpy", "numba", "cuda-core", "nvidia-cuda-nvrtc")
 """Packages on which a bit, or the code of a kernel, may depend."""
+LAUNCHED = ("moe", "moe_g128", "twin")
+"""Programs that a run on a GPU launches to compare them, or to compare with."""
 
 
 @functools.cache
@@ -59,7 +61,7 @@ def describe() -> dict[str, str]:
     A header never stops a run: what can't be found out is 'unknown', and the tests say the same with a traceback.
     """
     found = {}
-    for name, phrase in (("device", _device), ("arithmetic", _arithmetic), ("silicon", _silicon)):
+    for name, phrase in (("device", _device), ("arithmetic", _arithmetic), ("silicon", _silicon), ("cubins", _cubins)):
         try:
             found[name] = phrase()
         except Exception as error:
@@ -92,6 +94,24 @@ def _arithmetic() -> str:
     from megaproof.quant import twin
 
     return "arithmetic " + "; ".join(map(twin.describe, ["cpu"] if no_gpu() else ["cpu", "cuda"]))
+
+
+def unpinned() -> list[str]:
+    """Names of the programs that a run may launch and whose cubins are not pinned: an edit, or another compiler.
+
+    It compiles those that are not cached. Raises EnvironmentMissing without NVRTC, BuildError.
+    """
+    from megaproof.kernel.programs import PROGRAMS
+    from megaproof.toolchain.pins import is_pinned
+
+    return [name for name in LAUNCHED if not is_pinned(PROGRAMS[name].compile())]
+
+
+def _cubins() -> str:
+    if no_gpu():
+        return "cubins: none is launched without a GPU"
+    names = unpinned()
+    return f"cubins: NOT PINNED: {', '.join(names)}" if names else "cubins: pinned"
 
 
 def _silicon() -> str:

@@ -125,6 +125,11 @@ def add(parser: pytest.Parser) -> None:
         help="kept in the record of the run, so that whoever asked can tell it from an earlier one",
     )
     group.addoption(
+        "--require-pinned",
+        action="store_true",
+        help="a run whose cubins are not pinned, such as after an edit of the kernel, ends at the start",
+    )
+    group.addoption(
         "--require-gpu",
         action="store_true",
         help="a case that runs without a GPU fails, and so does a test that needs one and is skipped",
@@ -173,6 +178,8 @@ def check(config: pytest.Config) -> None:
         raise pytest.UsageError(line)
     if config.option.kernel != DEFAULT_KERNEL:
         _check_kernel(config.option.kernel)
+    if config.option.require_pinned and not hasattr(config, "workerinput"):
+        _check_pinned()
     if config.option.world == "processes":
         import torch
 
@@ -182,6 +189,21 @@ def check(config: pytest.Config) -> None:
             pytest.exit(
                 f"--world processes with {needed} ranks needs {needed} GPUs, found {gpus}; {advice}", EXIT_ENVIRONMENT
             )
+
+
+def _check_pinned() -> None:
+    from megaproof.proof import header
+    from megaproof.toolchain.errors import BuildError, EnvironmentMissing
+
+    try:
+        names = header.unpinned()
+    except EnvironmentMissing as error:
+        pytest.exit(f"--require-pinned: {first_line(error)}", EXIT_ENVIRONMENT)
+    except BuildError as error:
+        pytest.exit(f"--require-pinned: {first_line(error)}", 1)
+    if names:
+        renew = "what was gated is pinned by python -m kernel build --all --pin"
+        pytest.exit(f"--require-pinned: the cubins of {', '.join(names)} are not pinned; {renew}", 1)
 
 
 def _check_kernel(spec: str) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megaproof.toolchain import build, files
+from megaproof.toolchain.build import Built
 from megaproof.toolchain.errors import BuildError
 
 
@@ -41,8 +42,24 @@ class Pins:
         content = {"nvrtc": build.NVRTC_VERSION, "targets": dict(found)}
         files.replace(self.path, (json.dumps(content, indent=2) + "\n").encode())
 
+    def holds(self, built: Built) -> bool:
+        """Whether a cubin and its code digests, and so what ptxas reports of it, are pinned, whatever it is called."""
+        try:
+            return built.pin() in self._content()["targets"].values()
+        except (OSError, ValueError, KeyError):  # no pins, or a cubin that is none
+            return False
+
     def _content(self) -> dict[str, Any]:
         return json.loads(self.path.read_text(encoding="utf-8"))
+
+
+FILES: list[Pins] = []
+"""The files of pins that count: whoever has one adds it."""
+
+
+def is_pinned(built: Built) -> bool:
+    """Whether a file of pins holds a cubin."""
+    return any(pins.holds(built) for pins in FILES)
 
 
 def _check_version(pinned: str) -> None:

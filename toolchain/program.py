@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-from megaproof.toolchain import build, gate
+from megaproof.toolchain import build, gate, pins
 from megaproof.toolchain.build import Built
 from megaproof.toolchain.launch import Library
 
@@ -47,9 +47,11 @@ class Program:
     def compile(self, cache: bool = True) -> Built:
         """The cubin, gated by ptxas' report; needs NVRTC but no GPU. cache: whether one made before will do.
 
+        Of what another process made only a pinned cubin will do: a cache never stands in for the gate.
+
         Raises BuildError, EnvironmentMissing without NVRTC.
         """
-        built = build.build(self.text(), self.entries, defines=self.defines, cache=cache)
+        built = build.build(self.text(), self.entries, defines=self.defines, cache=cache, takes=pins.is_pinned)
         if self.gated:
             gate.check_report(built)
         return built

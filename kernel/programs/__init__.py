@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megaproof.kernel.programs import dense, grouped, moe, probe, stream
 from megaproof.quant import twin_gpu
-from megaproof.toolchain.pins import Pins
+from megaproof.toolchain.pins import FILES, Pins
 from megaproof.toolchain.program import Program
 
 PROGRAMS: dict[str, Program] = {
@@ -28,3 +28,4 @@ PROGRAMS: dict[str, Program] = {
 """By name, in the order in which they are built and pinned."""
 PINS = Pins(Path(__file__).with_name("cubins.json"), renew="python -m kernel build --all --pin")
 """What was gated, and what results name."""
+FILES.append(PINS)
