@@ -73,8 +73,8 @@ def _text(name: str) -> str:
 
 FLAGS = ("-std=c++20", "-U_FORTIFY_SOURCE", "-ffp-contract=off", "-fno-strict-aliasing", "-fPIC", "-w")
 """_FORTIFY_SOURCE, which some systems set by default, would make longjmp from fiber to fiber abort."""
-KERNEL_FLAGS, MACHINE_FLAGS = ("-O1", "-fno-inline"), ("-O2",)
-"""A kernel is compiled often and the machine once."""
+KERNEL_FLAGS, MACHINE_FLAGS = ("-O0",), ("-O3",)
+"""A kernel is compiled often and the machine, which has what takes time in a run, once."""
 
 
 @functools.cache

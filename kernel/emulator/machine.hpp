@@ -22,7 +22,6 @@
 #include <cstring>
 #include <functional>
 #include <memory>
-#include <random>
 #include <string>
 #include <sys/mman.h>
 #include <ucontext.h>
@@ -35,6 +34,13 @@ using Job = std::function<void()>;
 constexpr size_t kStack = 256 * 1024;
 
 struct Fiber;
+// One wgmma of a thread, as ptx.hpp reads it: its sums, its operands, and how many sums it has.
+struct Product {
+    float* sums;
+    uint64_t desc_a, desc_b;
+    uint32_t thread, num_sums;
+    bool scale_d;
+};
 using Queue = std::vector<Fiber*>;
 
 // A place where threads wait for each other. It opens when as many have arrived as are expected.
@@ -48,7 +54,7 @@ struct Warp {
     Gate gate;
     uint32_t value[2][32];  // what the lanes exchange in this collective, and in the one before
     uint32_t registers;     // of each thread
-    uint32_t slowness;      // a slow warp goes on in one of this many of its turns
+    bool is_slow;           // it goes on in one of `slowness` of its turns
 };
 
 struct Block {
@@ -73,7 +79,7 @@ struct Fiber {
     size_t place = 0;               // in the list of runnable fibers
     uint32_t stores_under_way = 0;  // bulk stores of this thread
     Queue store_waiters;
-    std::vector<Job> chain;  // wgmma that this thread has not waited for yet
+    std::vector<Product> chain;  // wgmma that this thread has not waited for yet
 };
 
 struct Mbarrier {
@@ -86,14 +92,29 @@ struct Failure {
     std::string text;
 };
 
+// Numbers by splitmix64: one is drawn in every step of the scheduler, and a larger generator took a third of a run.
+struct Random {
+    uint64_t state = 0;
+
+    uint64_t next() {
+        uint64_t z = state += 0x9E3779B97F4A7C15u;
+        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
+        z = (z ^ z >> 27) * 0x94D049BB133111EBu;
+        return z ^ z >> 31;
+    }
+    // A number in [0, end).
+    uint64_t below(uint64_t end) { return static_cast<unsigned __int128>(next()) * end >> 64; }
+};
+
 struct Machine {
     std::vector<std::unique_ptr<Block>> blocks;
     std::vector<std::unique_ptr<Fiber>> fibers;
-    std::vector<Fiber*> runnable;
+    Queue runnable[2];  // fast and slow ones
     std::vector<Job> jobs;
     std::unordered_map<const void*, Mbarrier> mbarriers;
-    std::mt19937 random;
-    uint32_t job_share = 4;  // one step in this many lets a copy land
+    Random random;
+    uint32_t job_share = 4;  // one turn in this many lets a copy land
+    uint32_t slowness = 1;   // a slow fiber goes on in one of this many of its turns
     uint64_t steps = 0;
     Fiber* current = nullptr;
     jmp_buf home;
@@ -109,11 +130,20 @@ MACHINE void fail(const std::string& text) {
     _longjmp(machine->home, 2);
 }
 
+MACHINE Queue& runnable_with(Fiber* fiber) {
+    return machine->runnable[fiber->block->warps[fiber->thread / 32].is_slow];
+}
+
+MACHINE void start_running(Fiber* fiber) {
+    Queue& runnable = runnable_with(fiber);
+    fiber->place = runnable.size();
+    runnable.push_back(fiber);
+}
+
 MACHINE void wake(Queue& queue) {
     for (Fiber* fiber : queue) {
         fiber->waits_for = nullptr;
-        fiber->place = machine->runnable.size();
-        machine->runnable.push_back(fiber);
+        start_running(fiber);
     }
     queue.clear();
 }
@@ -127,7 +157,7 @@ MACHINE void leave() {
 MACHINE void yield() { leave(); }
 
 MACHINE void stop_running(Fiber* fiber) {
-    auto& runnable = machine->runnable;
+    Queue& runnable = runnable_with(fiber);
     runnable[fiber->place] = runnable.back();
     runnable[fiber->place]->place = fiber->place;
     runnable.pop_back();
@@ -252,7 +282,7 @@ struct FaultHandler {
 // Lets every fiber that waits for an mbarrier look once more. Returns whether there is one.
 MACHINE bool wake_all() {
     for (auto& [address, barrier] : machine->mbarriers) wake(barrier.waiting);
-    return !machine->runnable.empty();
+    return !machine->runnable[0].empty() || !machine->runnable[1].empty();
 }
 
 // Called if no fiber can go on. Lets try_wait return early: if a role has given up, so that the others see it, or if
@@ -263,6 +293,30 @@ MACHINE bool drains(bool early) {
     return wake_all();
 }
 
+// What happens next: a copy lands (nullptr), or a fiber goes on. Every runnable fiber has its turns alike, a slow one
+// lets all but one in `slowness` pass, and in one turn in `job_share` a copy lands instead; turns that pass are not
+// played but drawn away, since a run that waits for slow fibers alone consists of little else.
+MACHINE Fiber* next_fiber() {
+    const uint64_t fast = machine->runnable[0].size(), slow = machine->runnable[1].size(), all = fast + slow;
+    const uint64_t going_on = fast * machine->slowness + slow;  // in units of a turn / (slowness * all)
+    if (!machine->jobs.empty()) {
+        const uint64_t landing = machine->slowness * all;
+        if (machine->random.below(landing + (machine->job_share - 1) * going_on) < landing || all == 0) return nullptr;
+    }
+    const uint64_t drawn = machine->random.below(going_on);
+    if (drawn < fast * machine->slowness) return machine->runnable[0][drawn / machine->slowness];
+    return machine->runnable[1][drawn - fast * machine->slowness];
+}
+
+MACHINE void land_one() {
+    auto& jobs = machine->jobs;
+    const size_t chosen = machine->random.below(jobs.size());
+    Job job = std::move(jobs[chosen]);
+    jobs[chosen] = std::move(jobs.back());
+    jobs.pop_back();
+    job();
+}
+
 // Runs a grid to its end. Returns what went wrong, or "". *gave_up is not 0 once a role has given up.
 MACHINE std::string run(Kernel entry, const void* params, uint32_t grid, uint32_t threads, uint32_t shared,
                         uint32_t registers, uint32_t seed, uint64_t most_steps, const uint32_t* gave_up, bool early) {
@@ -270,10 +324,11 @@ MACHINE std::string run(Kernel entry, const void* params, uint32_t grid, uint32_
     const FaultHandler handler;
     machine = &own;
     kernel = entry, argument = params;
-    own.random.seed(seed);
+    own.random.state = seed;
     own.gave_up = gave_up;
     const uint32_t shares[] = {1, 3, 16, 200};
     own.job_share = shares[seed % 4];
+    own.slowness = seed % 4 == 3 ? 500 : seed % 4 == 1 ? 100 : 1;
     own.grid = grid, own.threads = threads, own.launch_registers = registers;
     for (uint32_t b = 0; b < grid; ++b) {
         auto block = std::make_unique<Block>();
@@ -281,9 +336,9 @@ MACHINE std::string run(Kernel entry, const void* params, uint32_t grid, uint32_
         block->shared.reset(static_cast<uint8_t*>(aligned_alloc(1024, (shared + 1023) / 1024 * 1024)));
         memset(block->shared.get(), 0xFF, shared);
         block->warps.resize(threads / 32);
-        const bool slow = seed % 4 == 3 && own.random() % 2 == 0;
+        const bool is_slow = seed % 4 == 3 && own.random.below(2) == 0;
         for (Warp& each : block->warps)
-            each.registers = registers, each.slowness = slow ? 500 : seed % 4 == 1 && own.random() % 4 == 0 ? 100 : 1;
+            each.registers = registers, each.is_slow = is_slow || (seed % 4 == 1 && own.random.below(4) == 0);
         own.blocks.push_back(std::move(block));
     }
     uint8_t* stacks = static_cast<uint8_t*>(mmap(nullptr, kStack * grid * threads, PROT_READ | PROT_WRITE,
@@ -292,24 +347,19 @@ MACHINE std::string run(Kernel entry, const void* params, uint32_t grid, uint32_
         auto fiber = std::make_unique<Fiber>();
         fiber->thread = i % threads, fiber->block = own.blocks[i / threads].get();
         fiber->stack = stacks + kStack * i;
-        fiber->place = own.runnable.size();
-        own.runnable.push_back(fiber.get());
+        start_running(fiber.get());
         own.fibers.push_back(std::move(fiber));
     }
     const int reason = _setjmp(own.home);
     if (reason != 2) {
-        while (!own.runnable.empty() || !own.jobs.empty() || drains(early)) {
+        while (!own.runnable[0].empty() || !own.runnable[1].empty() || !own.jobs.empty() || drains(early)) {
             if (early && own.steps % 1024 == 0) wake_all();
-            if (!own.jobs.empty() && (own.runnable.empty() || own.random() % own.job_share == 0)) {
-                const size_t chosen = own.random() % own.jobs.size();
-                Job job = std::move(own.jobs[chosen]);
-                own.jobs[chosen] = std::move(own.jobs.back());
-                own.jobs.pop_back();
-                job();
+            Fiber* const next = next_fiber();
+            if (next == nullptr) {
+                land_one();
                 continue;
             }
-            own.current = own.runnable[own.random() % own.runnable.size()];
-            if (const uint32_t slowness = warp().slowness; slowness > 1 && own.random() % slowness != 0) continue;
+            own.current = next;
             if (++own.steps > most_steps) {
                 own.failure = "no end after " + std::to_string(most_steps) + " steps:" + stuck();
                 break;

@@ -227,34 +227,38 @@ MACHINE void pin(float&) {}
 MACHINE void pin(u32&) {}
 MACHINE u64 descriptor_swizzle_128(const void* matrix) { return reinterpret_cast<u64>(matrix) >> 4; }
 
+MACHINE void multiply(const emu::Product& product) {
+    const u32 row = product.thread / 32 * 16 + product.thread % 32 / 4, column = product.thread % 4 * 2;
+    const u64 first_a = (product.desc_a << 4) + row * 128, first_b = (product.desc_b << 4) + column * 128;
+    const auto load = [](u64 address) {
+        u8 codes[32];
+        memcpy(codes, emu::swizzled(address), 16), memcpy(codes + 16, emu::swizzled(address + 16), 16);
+        return emu::terms_of(codes);
+    };
+    const emu::Terms a[2] = {load(first_a), load(first_a + 8 * 128)};
+    for (u32 j = 0; j < product.num_sums / 4; ++j)
+        for (u32 i = 0; i < 2; ++i) {
+            const emu::Terms b = load(first_b + (8 * j + i) * 128);
+            for (u32 half = 0; half < 2; ++half) {
+                float& sum = product.sums[4 * j + 2 * half + i];
+                sum = emu::wgmma_step(product.scale_d ? sum : 0.0f, a[half], b);
+            }
+        }
+}
+
 template <int kN>
 inline void wgmma_ss(float (&d)[kN / 2], u64 desc_a, u64 desc_b, bool scale_d) {
-    const u32 thread = threadIdx.x % 128;
-    float* sums = d;
-    emu::machine->current->chain.push_back([=] {
-        const u32 row = thread / 32 * 16 + thread % 32 / 4, column = thread % 4 * 2;
-        const auto load = [](u64 address) {
-            u8 codes[32];
-            memcpy(codes, emu::swizzled(address), 16), memcpy(codes + 16, emu::swizzled(address + 16), 16);
-            return emu::terms_of(codes);
-        };
-        const emu::Terms a[2] = {load((desc_a << 4) + row * 128), load((desc_a << 4) + (row + 8) * 128)};
-        for (u32 j = 0; j < kN / 8; ++j)
-            for (u32 i = 0; i < 2; ++i) {
-                const emu::Terms b = load((desc_b << 4) + (8 * j + column + i) * 128);
-                for (u32 half = 0; half < 2; ++half) {
-                    float& sum = sums[4 * j + 2 * half + i];
-                    sum = emu::wgmma_step(scale_d ? sum : 0.0f, a[half], b);
-                }
-            }
-    });
+    emu::machine->current->chain.push_back({d, desc_a, desc_b, threadIdx.x % 128, kN / 2, scale_d});
+}
+MACHINE void wgmma_wait_all() {
+    emu::yield();
+    for (const emu::Product& product : emu::machine->current->chain) multiply(product);
+    emu::machine->current->chain.clear();
 }
 template <int kPending>
 inline void wgmma_wait() {
     static_assert(kPending == 0);
-    emu::yield();
-    for (emu::Job& step : emu::machine->current->chain) step();
-    emu::machine->current->chain.clear();
+    wgmma_wait_all();
 }
 
 }  // namespace ptx
