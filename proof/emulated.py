@@ -7,6 +7,7 @@ have slow warps or blocks. Exit status 1 at the first layer that is wrong, with 
 from __future__ import annotations
 
 import random
+import sys
 from typing import Annotated
 
 import torch
@@ -22,6 +23,7 @@ from megaproof.proof.adapters.emulated import EmulatedAdapter
 from megaproof.proof.prove import Proof, prove
 from megaproof.quant.recipe import Recipe
 from megaproof.quant.shapes import Shape
+from megaproof.toolchain.errors import EnvironmentMissing
 
 
 def draw(seed: int) -> tuple[Case, int | None, emulator.Run]:
@@ -56,7 +58,7 @@ def emulate_command(
 ) -> None:
     """The kernel's sources on a CPU: proves small layers, each drawn from a seed.
 
-    Exit status: 0 proven, 1 differs.
+    Exit status: 0 proven, 1 differs, 3 environment.
     """
     elements = 0
     for own in range(seed, seed + count):
@@ -65,4 +67,7 @@ def emulate_command(
         except AssertionError as error:
             print(f"seed {own}, {draw(own)}: {error}\nreproduce with: python -m proof emulate --count 1 --seed {own}")
             raise typer.Exit(1) from error
+        except EnvironmentMissing as error:
+            print(f"environment: {error}", file=sys.stderr)
+            raise typer.Exit(3) from error
     print(f"{count} layers of 3 launches, {elements:,} elements compared, 0 mismatches")

@@ -11,9 +11,9 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import os
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,8 @@ from megaproof.kernel.host.timeout import STATUS_WORDS, waited
 from megaproof.kernel.programs.moe import moe
 from megaproof.quant import tables
 from megaproof.quant.recipe import Recipe
-from megaproof.toolchain import build, files
+from megaproof.toolchain import build, cache, files
+from megaproof.toolchain.errors import EnvironmentMissing
 from megaproof.toolchain.launch import TensorMap
 
 FOLDER = Path(__file__).parent
@@ -79,50 +80,100 @@ KERNEL_FLAGS, MACHINE_FLAGS = ("-O0",), ("-O3",)
 
 @functools.cache
 def library(text: str) -> ctypes.CDLL:
-    """The compiled text, linked to the machine. It is cached beside the cubins under the digest of all that made it.
+    """The compiled text, linked to the machine; kept in the cache 'emulator' under the digest of all that made it.
 
-    Raises EmulationError if the text does not compile.
+    Without a usable cache it is compiled once a process. Raises EmulationError if the text does not compile,
+    EnvironmentMissing where nothing can be compiled.
     """
-    folder = _cache_folder()
-    machine = _machine(folder)
-    command = [str(compiler()), *FLAGS, *KERNEL_FLAGS]
-    path = folder / f"emulated-{_digest(machine.name, *command, text)}.so"
-    if not path.exists():
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            made, source_path = Path(scratch) / "emulated.so", Path(scratch) / "emulated.cpp"
-            source_path.write_text(text)
-            parts: list[str | Path] = ["-include", machine / "machine.hpp", source_path, machine / "machine.o"]
-            _compile([*command, "-shared", "-o", made, *parts], "the kernel")
-            made.replace(path)
-    found = ctypes.CDLL(str(path))
+    machine = {name: _text(name) for name in ("ptx.hpp", "machine.cpp")}
+    command = [_require_compiler(), *FLAGS, *KERNEL_FLAGS]
+    name = f"emulated-{_digest(compiler_version(), *command, *MACHINE_FLAGS, *machine.values(), text)}.so"
+
+    def make(target: Path) -> None:
+        header, machine_object = _machine()
+        source_path = target.with_suffix(".cpp")
+        source_path.write_text(text)
+        try:
+            parts = ["-include", header, source_path, machine_object]
+            _compile([*command, "-shared", "-o", target, *parts], "the kernel")
+        finally:
+            source_path.unlink(missing_ok=True)
+
+    found = ctypes.CDLL(str(_kept(name, make)))
     found.emulate.restype = ctypes.c_char_p
     return found
 
 
 @functools.cache
-def _machine(folder: Path) -> Path:
-    """A folder with machine.o and machine.hpp, which the compiler has read ahead (machine.hpp.gch or .pch)."""
-    command = [str(compiler()), *FLAGS]
-    texts = {"machine.hpp": _text("ptx.hpp"), "machine.cpp": _text("machine.cpp")}
-    path = folder / f"machine-{_digest(*command, *KERNEL_FLAGS, *MACHINE_FLAGS, *texts.values())}"
-    if path.exists():
-        return path
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        made = Path(scratch) / "machine"
-        made.mkdir()
-        for name, text in texts.items():
-            (made / name).write_text(text)
-        suffix = "gch" if Path(command[0]).name == "g++" else "pch"
-        ahead: list[str | Path] = ["-x", "c++-header", "-o", made / f"machine.hpp.{suffix}", made / "machine.hpp"]
-        _compile([*command, *KERNEL_FLAGS, *ahead], "the machine")
-        _compile([*command, *MACHINE_FLAGS, "-c", "-o", made / "machine.o", made / "machine.cpp"], "the machine")
-        with contextlib.suppress(OSError):  # another process was first: what it made is the same
-            made.rename(path)
+def _machine() -> tuple[Path, Path]:
+    """(the machine's header, which the compiler has read ahead in the file beside it: .gch or .pch; its object file).
+
+    The parts are remembered here and in the cache: a process that compiles kernels reads the header once.
+    """
+    command = [_require_compiler(), *FLAGS]
+    header, code = _text("ptx.hpp"), _text("machine.cpp")
+    name = f"machine-{_digest(compiler_version(), *command, *KERNEL_FLAGS, *MACHINE_FLAGS, header, code)}"
+    ahead = "gch" if Path(command[0]).name == "g++" else "pch"
+
+    def read_ahead(target: Path) -> None:
+        # A compiler compares the header that it has read ahead with the text of that name.
+        _compile(
+            [*command, *KERNEL_FLAGS, "-x", "c++-header", "-o", target, _beside(f"{name}.hpp", header)], "the machine"
+        )
+
+    def compiled(target: Path) -> None:
+        _compile([*command, *MACHINE_FLAGS, "-c", "-o", target, _beside(f"{name}.cpp", code)], "the machine")
+
+    made = _kept(f"{name}.hpp.{ahead}", read_ahead)
+    here = _beside(f"{name}.hpp", header)
+    if made.parent != here.parent:
+        _link(made, here.with_name(made.name))
+    return here, _kept(f"{name}.o", compiled)
+
+
+def _kept(name: str, make: Callable[[Path], None]) -> Path:
+    """A file from the cache, or made in this process' own folder and put into the cache for the next one."""
+    place = cache.of("emulator")
+    if found := place.path(name):
+        return found
+    path = files.scratch() / name
+    if not path.exists():
+        unfinished = path.with_name(f"{os.getpid()}-{name}")  # a forked process has the same folder
+        try:
+            make(unfinished)
+            unfinished.replace(path)
+            place.write(name, path.read_bytes())
+        except OSError as error:
+            raise EnvironmentMissing(f"the emulator cannot compile in {path.parent}: {error.strerror}") from error
+        finally:
+            unfinished.unlink(missing_ok=True)
     return path
 
 
-def _cache_folder() -> Path:
-    return build.cache_folder().folder or files.scratch()
+def _beside(name: str, text: str) -> Path:
+    """A text as a file of this process' own folder."""
+    path = files.scratch() / name
+    if not path.exists():
+        files.replace(path, text.encode())
+    return path
+
+
+def _link(target: Path, path: Path) -> None:
+    with contextlib.suppress(FileExistsError):
+        path.symlink_to(target)
+
+
+@functools.cache
+def compiler_version() -> str:
+    """What the compiler says of itself: another one reads no headers that this one has read ahead."""
+    return subprocess.run([_require_compiler(), "--version"], capture_output=True, text=True).stdout
+
+
+def _require_compiler() -> str:
+    """Raises EnvironmentMissing."""
+    if (found := compiler()) is None:
+        raise EnvironmentMissing("no C++ compiler is on PATH: the emulator needs g++ or clang++")
+    return found
 
 
 def _digest(*parts: str) -> str:
@@ -130,8 +181,10 @@ def _digest(*parts: str) -> str:
 
 
 def _compile(command: list[str | Path], what: str) -> None:
-    """Raises EmulationError with what the compiler says."""
+    """Raises EmulationError with what the compiler says, EnvironmentMissing where it has no room to write."""
     run = subprocess.run(command, capture_output=True, text=True)
+    if "No space left on device" in run.stderr:
+        raise EnvironmentMissing(f"{what} cannot be compiled: no space is left in {files.scratch()}")
     if run.returncode:
         raise EmulationError(f"{what} does not compile for the host: {run.stderr[:2000]}")
 

@@ -73,6 +73,19 @@ GEMM_2_LATE = (
     const u32 wanted_at = num_k_blocks""",
 )
 """Operands of GEMM 2 are read late in one block: 300,000 steps."""
+EDGES = {
+    silu: Case(
+        Shape("edges", hidden=384, intermediate=256, experts=4, topk=4),
+        (7, 6),
+        recipe=Recipe(clamp=None, silu=silu),
+        family="adversarial",
+    )
+    for silu in ("fast", "precise")
+}
+"""Where y depends on the order of the slots, and codes on the last bit of an activation."""
+FIRST_LOOKUP = "if (first_slot == 0) units.expert_idx = units.expert_of(unit_idx + units.step);\n#pragma unroll\n"
+ASCENDING = f"{FIRST_LOOKUP}            for (u32 k = 0; k < kSlotsInFlight; ++k) {{"
+PRECISE = "return x * ptx::rcp_rn(1.0f + exp_steps(-x));"
 ANY_STAGE = "l1_acts|l2_acts|slots|y|written"
 NO_END = "deadlock|no end|rank "
 LONG = Case(Shape("long", hidden=8320, intermediate=128, experts=2, topk=1), (3, 2))
@@ -141,6 +154,52 @@ FAULTS = (
         "stats", "stats", PUBLIC, "stats_ptr[expert_idx] += ", "stats_ptr[expert_idx] = ", "stats of the second launch"
     ),
     Source("combine", "combine", PUBLIC, "sum[i][j] += __uint", "sum[i][j] = sum[i][j] * 0.5f + __uint", "y"),
+    Source(
+        "slot-order",
+        "combine",
+        OURS,
+        ASCENDING,
+        ASCENDING.replace("k = 0; k < kSlotsInFlight; ++k", "k = kSlotsInFlight; k-- > 0;"),
+        "y",
+        EDGES["fast"],
+    ),
+    Source(
+        "silu-association",
+        "swiglu",
+        OURS,
+        "return silu * up * weight;",
+        "return gate * up * silu * weight;",
+        "l2_acts",
+        EDGES["fast"],
+        also=("return x * ptx::rcp_approx(", "return ptx::rcp_approx("),
+    ),
+    Source(
+        "silu-divides",
+        "special",
+        OURS,
+        PRECISE,
+        "return __fdiv_rn(x, 1.0f + exp_steps(-x));",
+        "l2_acts",
+        EDGES["precise"],
+    ),
+    Source(
+        "approximate-rcp",
+        "special",
+        OURS,
+        PRECISE,
+        PRECISE.replace("rcp_rn", "rcp_approx"),
+        "l2_acts",
+        EDGES["precise"],
+    ),
+    Source(
+        "approximate-exp",
+        "special",
+        OURS,
+        PRECISE,
+        PRECISE.replace("exp_steps(-x)", "ptx::ex2_approx(-x * kLog2E)"),
+        "l2_acts",
+        EDGES["precise"],
+    ),
     Source(
         "expert-tail",
         "dispatch",

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,6 +29,8 @@ from megaproof.proof.prove import Convicted, Proof, prove
 from megaproof.quant.shapes import Shape
 from megaproof.reference.layer import LayerResult
 from megaproof.tests.support import problems
+from megaproof.toolchain import files
+from megaproof.toolchain.errors import EnvironmentMissing
 
 pytestmark = pytest.mark.skipif(emulator.compiler() is None, reason="no C++ compiler is on PATH (g++ or clang++)")
 
@@ -46,7 +51,9 @@ PER_128 = tuple(dataclasses.replace(case, recipe=case.recipe.replace(activation_
 
 
 @pytest.mark.parametrize(
-    "case", dict.fromkeys((*CASES[:: len(CASES) // 6], *LATTICE, *PER_128)), ids=lambda case: case.id
+    "case",
+    dict.fromkeys((*CASES[:: len(CASES) // 6], *LATTICE, *PER_128, *source.EDGES.values())),
+    ids=lambda case: case.id,
 )
 def test_every_stage_of_a_case_equals_the_reference(case: Case) -> None:
     """Of lattice cases y equals int64 arithmetic too, and no guard is written."""
@@ -228,3 +235,59 @@ def test_the_faults_are_in_sources_that_pass(case: Case, ring: int | None) -> No
 def test_the_pool_of_registers_is_the_kernels() -> None:
     entries = moe().compile().report.entries.values()
     assert {entry.registers for entry in entries} == {emulator.LAUNCH_REGISTERS}
+
+
+# --- what is compiled, and where it is kept ---------------------------------------------------------------------------
+
+
+def damaged(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:4096])
+
+
+def foreign(path: Path) -> None:
+    path.chmod(0o666)
+    path.write_bytes(b"of somebody else")
+
+
+@pytest.mark.parametrize("damage", [damaged, foreign])
+def test_a_library_that_is_not_whole_is_compiled_again(
+    damage: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+
+    def make(target: Path) -> None:
+        made.append(target)
+        target.write_bytes(b"library" * 2000)
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    name = f"{damage.__name__}.so"
+    assert emulator._kept(name, make).parent == files.scratch()
+    (files.scratch() / name).unlink()  # as in another process
+    kept = emulator._kept(name, make)
+    assert kept == tmp_path / "megaproof" / "emulator" / name
+    assert len(made) == 1
+    damage(kept)
+    again = emulator._kept(name, make)
+    assert len(made) == 2
+    assert again.read_bytes() == b"library" * 2000
+
+
+def test_without_a_cache_a_text_is_compiled_once_a_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    tmp_path.chmod(0o777)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for _ in range(2):
+        path = emulator._kept("once.so", lambda target: made.append(target.write_bytes(b"x")))
+        assert path == files.scratch() / "once.so"
+    assert made == [1]
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_a_compiler_or_room_the_environment_is_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    full = subprocess.CompletedProcess([], 1, "", "fatal error: error writing: No space left on device")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: full)
+    with pytest.raises(EnvironmentMissing, match="no space is left in"):
+        emulator._compile(["g++"], "the kernel")
+    monkeypatch.setattr(emulator, "compiler", lambda: None)
+    with pytest.raises(EnvironmentMissing, match=r"the emulator needs g\+\+ or clang\+\+"):
+        emulator.library("no text")
