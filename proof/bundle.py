@@ -97,6 +97,14 @@ def write(divergence: Divergence, case: Case, folder: Path | None = None) -> Pat
     return path
 
 
+def note(divergence: Divergence, case: Case) -> str:
+    """Writes the bundle and says where it is; one that can't be written says why, which is no failure of its own."""
+    try:
+        return f"bundle: {write(divergence, case)}"
+    except (BundleError, OSError) as error:
+        return f"bundle: not written ({error})"
+
+
 def read(path: Path) -> Bundle:
     """The bundle of a JSON file (or of the safetensors file beside it), its tensors verified.
 

@@ -24,7 +24,8 @@ from megaproof.cases.compare import hold, same
 from megaproof.cases.run import CaseRun, default_device, run_case
 from megaproof.golden import store
 from megaproof.proof import adapters, bundle, exact, memory
-from megaproof.proof.prove import Convicted, prove
+from megaproof.proof.adapters import taken
+from megaproof.proof.prove import LAUNCHES, Convicted, prove
 from megaproof.quant import atoms
 from megaproof.quant.cast import BLOCK
 from megaproof.reference import combine, dispatch, gemm, oracle, scatter, swiglu
@@ -104,24 +105,25 @@ class TestCase:
     def test_the_kernel_equals_the_reference(
         self, run: Run, pytestconfig: pytest.Config, record_property: pytest.RecordProperty
     ) -> None:
-        """Three launches of the kernel behind --kernel; on a CPU at full size, or with processes over gloo, one."""
+        """All launches of a proof of the kernel behind --kernel; of ours on a CPU at full size, or over gloo, one."""
         world, spec = pytestconfig.getoption("--world"), pytestconfig.getoption("--kernel")
         adapter = adapters.make(spec)
         try:
             if world not in getattr(adapter, "worlds", adapters.WORLDS[:1]):
                 pytest.skip(f"not claimed by {adapter.name}: world {world}")
-            if reason := adapter.claims(run.case.recipe):
+            if reason := taken.claims(adapter, run.case.recipe):
                 pytest.skip(f"not claimed by {adapter.name}: {reason}")
             device = run.inputs.x[0].device
             quick = world != "gloo" and (run.case.shape.name == "smoke" or device.type == "cuda")
             prepared = adapters.Prepared(run.case, run.inputs, device, world)
-            proof = prove(adapter, prepared, run.result, 3 if quick else 1, run.integers)
+            every = quick or spec != adapters.DEFAULT
+            proof = prove(adapter, prepared, run.result, len(LAUNCHES) if every else 1, run.integers)
         except Convicted as error:
             if error.of_case and error.divergence and error.divergence.place:
-                error.add_note(f"bundle: {bundle.write(error.divergence, run.case)}")
+                error.add_note(bundle.note(error.divergence, run.case))
             raise
         finally:
-            adapter.close()
+            taken.asked(adapter.close)
         record_property("kernel", f"{adapter.name}: {proof}")
         print(f"{run.case.id}: {adapter.name}: {proof}")
         hold(proof.elements > 0, f"{run.case.id}: no element of the kernel was compared")

@@ -36,7 +36,7 @@ VERDICTS = "megaproof-verdicts"
 RECORD = pytest.StashKey[Record]()
 DISTRIBUTION = pytest.StashKey[str | None]()
 """What the command line says of `--dist`; None: nothing."""
-LINE = pytest.StashKey[session.Told]()
+LINE = pytest.StashKey[session.Wire]()
 """To the parent of a session that has one; see proof/session.py."""
 ATTEMPTS = pytest.StashKey[Attempts]()
 

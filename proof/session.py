@@ -52,7 +52,7 @@ class End:
         return self.status or (self.code if self.code >= 0 else DIED)
 
 
-class Told:
+class Wire:
     """What the session's process tells its parent, in memory that both have: no process in between can hold it back."""
 
     def __init__(self) -> None:
@@ -93,12 +93,12 @@ def is_whole_process() -> bool:
     return False
 
 
-def split(died: Callable[[End], None]) -> Told:
+def split(died: Callable[[End], None]) -> Wire:
     """Returns in a child process, which goes on with the session; the parent never returns.
 
     died: called in the parent if the session did not tell its end, or its process did not end as it had told.
     """
-    line, parent = Told(), os.getpid()
+    line, parent = Wire(), os.getpid()
     sys.stdout.flush()
     sys.stderr.flush()
     watched = {signal.SIGCHLD, *FORWARDED}

@@ -6,6 +6,7 @@ import importlib
 from collections.abc import Callable
 
 from megaproof import moved
+from megaproof.proof.adapters import taken
 from megaproof.proof.adapters.protocol import METHODS, Adapter, AdapterError
 
 DEFAULT = "megaproof.proof.adapters:default"
@@ -46,9 +47,9 @@ def load(spec: str) -> Callable[[], Adapter]:
 
 def make(spec: str) -> Adapter:
     """An adapter from the factory that 'module:factory' names. Raises `AdapterError` naming a method that it lacks."""
-    adapter = load(spec)()
+    adapter = taken.asked(load(spec))
     missing = [name for name in METHODS if not callable(getattr(adapter, name, None))]
-    missing += [] if isinstance(getattr(adapter, "name", None), str) else ["name (a str)"]
+    missing += taken.attributes(adapter)
     if missing:
         raise AdapterError(f"--kernel {spec!r} returned a {type(adapter).__name__} without {', '.join(missing)}")
     return adapter

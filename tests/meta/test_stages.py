@@ -31,6 +31,7 @@ ALLOWED = {
     "proof/explain/derive.py": "derives these very values, a line each",
     "proof/explain/replay.py": "counts stats by hand",
     "proof/faults/adapters.py": "kernels that are wrong in one stage",
+    "proof/faults/hostile.py": "answers with another y",
     "proof/faults/source.py": "faults of the sources, and the stage that shows each",
     "proof/faults/traces.py": "errors planted in one stage",
     "proof/gate.py": "computes the rooms again, each from the stage before it",

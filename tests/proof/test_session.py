@@ -105,7 +105,7 @@ def test_a_session_is_its_parents_to_end(tmp_path: Path) -> None:
 
 
 def test_what_is_told_and_what_is_not() -> None:
-    line = session.Told()
+    line = session.Wire()
     assert line.read(0) == session.End(0, None, "")
     assert line.read(0).exit_status == session.DIED, "a process that says nothing is not believed"
     line.running("test_a")
