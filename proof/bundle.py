@@ -24,10 +24,12 @@ from megaproof.cases import case_io
 from megaproof.cases.cases import Case
 from megaproof.proof import report
 from megaproof.proof.divergence import Divergence
+from megaproof.proof.divergence.place import Place
 from megaproof.quant import twin
 from megaproof.quant.recipe import RecipeError
 from megaproof.quant.stored import unsigned
 from megaproof.reference.stages import STAGES
+from megaproof.toolchain.errors import escaped
 from megaproof.toolchain.files import replace
 
 LARGEST = 1 << 20
@@ -116,9 +118,12 @@ def read(path: Path) -> Bundle:
         if not file.is_file():
             raise BundleError(f"bundle {path.stem}: {file.name} is missing, so it was not written to its end")
     try:
-        entry = json.loads(path.read_text())
+        for file in (path, tensors):
+            if file.stat().st_size > LARGEST:
+                raise BundleError(f"{file.name} is larger than a bundle can be: at most {LARGEST:,} bytes")
+        entry = json.loads(path.read_bytes())
         if entry["bundle"] != FORMAT:
-            raise BundleError(f"{path.name} has bundle format {entry['bundle']}; this version reads {FORMAT}")
+            raise BundleError(f"{path.name} has bundle format {escaped(entry['bundle'])}; this version reads {FORMAT}")
         blob = tensors.read_bytes()
         if hashlib.sha256(blob).hexdigest() != entry["tensors_sha256"]:
             raise BundleError(f"{tensors.name} is damaged: its sha256 is not the one that {path.name} names")
@@ -128,30 +133,48 @@ def read(path: Path) -> Bundle:
             entry["place"],
             int(entry["expected_bits"], 16),
             int(entry["actual_bits"], 16),
-            list(entry["patterns"]),
+            [escaped(pattern, LARGEST) for pattern in entry["patterns"]],
             load_tensors(blob),
-            dict(entry["versions"]),
+            {escaped(name): escaped(value) for name, value in entry["versions"].items()},
         )
         _check(found)
     except BundleError:
         raise
     except RecipeError as error:
-        raise BundleError(f"{path.name} is of a recipe or shape that this version does not know: {error}") from error
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise BundleError(f"{path.name} is damaged: {type(error).__name__}: {error}") from error
+        known = "is of a recipe or shape that this version does not know"
+        raise BundleError(f"{path.name} {known}: {escaped(error)}") from error
+    except OSError as error:
+        raise BundleError(f"{path.name} can't be read: {error.strerror}") from error
+    except Exception as error:  # a file that anybody may have written: JSON, safetensors and values can fail anyhow
+        raise BundleError(f"{path.name} is damaged: {type(error).__name__}: {escaped(error)}") from error
     return found
 
 
 def _check(found: Bundle) -> None:
     """The coordinates and the bits are those of the rows."""
-    if found.stage not in STAGES:
-        raise BundleError(f"stage {found.stage!r} is none of {', '.join(STAGES)}")
+    if not isinstance(found.stage, str) or found.stage not in STAGES:
+        raise BundleError(f"stage {escaped(found.stage)} is none of {', '.join(STAGES)}")
     stage = STAGES[found.stage]
+    _check_place(found.place, found.case)
     column = 0 if stage.columns is None else found.place["column"]  # each entry of a vector is a row
     for side, bits in (("expected", found.expected_bits), ("actual", found.actual_bits)):
         row = found.rows[side]
         if row.dtype != stage.format(found.case.recipe).dtype or int(unsigned(row)[column]) != bits:
             raise BundleError(f"the {side} row does not hold {bits:#x} in column {column}, as the JSON says")
+
+
+def _check_place(place: dict[str, Any], case: Case) -> None:
+    """Whole numbers that are places of the case."""
+    rank = place["rank"]
+    if type(rank) is not int or not 0 <= rank < case.ranks:
+        raise BundleError("damaged: the place's rank is none of the case's")
+    ends = {"token": case.tokens[rank], "slot": case.shape.topk, "expert": case.shape.experts}
+    ends |= {"destination": case.ranks, "column": 2 * max(case.shape.hidden, case.shape.intermediate)}
+    for field in dataclasses.fields(Place):
+        value = place[field.name]
+        if field.name != "tile" and value is not None:
+            if type(value) is not int or not 0 <= value < ends.get(field.name, 1 << 40):
+                raise BundleError(f"damaged: the place's {field.name} is none of the case's")
 
 
 def versions() -> dict[str, str]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -123,6 +125,72 @@ def test_damage_is_named(damage: Callable[[Path], None], says: str, tmp_path: Pa
     damage(path)
     with pytest.raises(bundle.BundleError, match=says):
         bundle.read(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda e: e["case"].update(tokens=[10**12, 1]),
+        lambda e: e["case"].update(tokens=[1] * 10_000),
+        lambda e: e["case"]["shape"].update(hidden=128 << 40),
+        lambda e: e["case"]["shape"].update(experts=10**15),
+        lambda e: e["case"].update(seed=1 << 64),
+        lambda e: e["case"].update(family="\x1b[2Jmixed"),
+        lambda e: e["place"].update(rank=-1),
+        lambda e: e["place"].update(token=10**6),
+        lambda e: e["place"].update(slot="\x1b[2J"),
+        lambda e: e.update(stage=["\x1b[2J"]),
+        lambda e: e.update(bundle="\x1b[2J"),
+        lambda e: e.update(expected_bits="0x" + "f" * 5000),
+    ],
+)
+def test_nothing_of_a_strangers_bundle_is_believed(change: Callable[[dict], object], tmp_path: Path) -> None:
+    """Sizes are bounded before anything is allocated, and nothing steers a terminal."""
+    path = bundle.write(planted(), CASE, tmp_path)
+    edit(change)(path)
+    with pytest.raises(bundle.BundleError) as caught:
+        bundle.read(path)
+    assert str(caught.value).isprintable()
+
+
+def test_a_file_larger_than_a_bundle_is_not_read(tmp_path: Path) -> None:
+    path = bundle.write(planted(), CASE, tmp_path)
+    with path.with_suffix(".safetensors").open("r+b") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(bundle.BundleError, match="larger than a bundle"):
+        bundle.read(path)
+
+
+def test_every_damage_of_bytes_is_a_bundle_error(tmp_path: Path) -> None:
+    """Flips and cuts of both files; the digest of the tensors is made to fit, so that their own format is read."""
+    path = bundle.write(planted(), CASE, tmp_path)
+    text, blob = path.read_bytes(), path.with_suffix(".safetensors").read_bytes()
+    chance = random.Random(7)
+    refused: list[str] = []
+    for turn in range(400):
+        parts = [bytearray(text), bytearray(blob)]
+        hit = parts[turn % 2]
+        if turn % 4 < 2:
+            hit[chance.randrange(min(len(hit), 2000))] ^= 1 << chance.randrange(8)
+        else:
+            del hit[chance.randrange(len(hit)) :]
+        if turn % 2:
+            old, new = (hashlib.sha256(data).hexdigest().encode() for data in (blob, bytes(parts[1])))
+            parts[0] = bytearray(text.replace(old, new))
+        path.write_bytes(parts[0])
+        path.with_suffix(".safetensors").write_bytes(parts[1])
+        try:
+            bundle.read(path)
+        except bundle.BundleError as error:
+            refused.append(str(error))
+    assert len(refused) > 200
+    assert all(map(str.isprintable, refused))
+
+
+def test_a_bundle_that_cannot_be_written_is_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "reports").write_text("a file where the folder would be")
+    monkeypatch.setattr(bundle.report, "folder", lambda: tmp_path / "reports")
+    assert bundle.note(planted(), CASE).startswith("bundle: not written (")
 
 
 def test_what_has_no_element_is_refused(tmp_path: Path) -> None:
