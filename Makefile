@@ -31,6 +31,10 @@ with_clang_format = found=$$($(clang_format) --version 2>/dev/null || echo "no c
 		echo "form of the CUDA sources skipped: $$python has $$found, and clang-format $(clang_format_pin) is needed"; \
 	else ( set -x; $(clang_format) $(1) $(cuda_sources) ); fi
 cuda_sources = $(sort $(shell find kernel quant -name '*.cu' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.hpp'))
+# A run's record is asked besides its status: it has to be of this very run, and to hold every selected test.
+nonce := $(shell od -An -N8 -tx1 /dev/urandom | tr -d ' ')
+with_record = export MEGAPROOF_NONCE=$(nonce); \
+	trap 's=$$?; set +x; (( s )) || "$$python" -m megaproof.proof ended $(nonce) || exit 1' EXIT
 check = "$$python" -m ruff format --check . && "$$python" -m ruff check .
 fix = "$$python" -m ruff check --fix . && "$$python" -m ruff format .
 
@@ -38,12 +42,12 @@ help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 18
 
 gate:  ## the gate: every dsv4_flash case at 8 ranks
-	@$(with_python); set -x; "$$python" -m pytest -k dsv4_flash --ranks 8 --require-pinned $(PYTEST_ARGS)
+	@$(with_python); $(with_record); set -x; "$$python" -m pytest -k dsv4_flash --ranks 8 --require-pinned $(PYTEST_ARGS)
 
 test:  ## formatting, lint, types and the whole suite, on two workers where pytest-xdist is installed
 	@$(with_python); $(call with_ruff,$(check)); $(call with_clang_format,--dry-run -Werror); \
 	$(with_mypy); workers=$$("$$python" -c 'import xdist' 2>/dev/null && echo "-n 2" || true); \
-	set -x; "$$python" -m pytest $$workers $(PYTEST_ARGS)
+	$(with_record); set -x; "$$python" -m pytest $$workers $(PYTEST_ARGS)
 
 clock:  ## the tests that real time could decide, 100 times on a machine that is kept busy
 	@$(with_python); set -x; "$$python" -m megaproof.tests.support.busy --times 100 --burn 4

@@ -1,4 +1,4 @@
-"""`python -m proof wrong | sanitize | emulate | delays | gloo | report`: proofs run by hand, and a run shown again."""
+"""`python -m proof wrong | sanitize | emulate | delays | gloo | report | ended`: proofs run by hand, and runs shown."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import typer
 from megaproof.proof.emulated import emulate_command
 from megaproof.proof.faults.adapters import wrong_command
 from megaproof.proof.faults.delays import delays_command
-from megaproof.proof.report.command import report_command
+from megaproof.proof.report.command import ended_command, report_command
 from megaproof.proof.sanitize import sanitize_command
 from megaproof.proof.worlds.command import gloo_command
 from megaproof.toolchain import optimized, signals
@@ -19,6 +19,7 @@ app.command("emulate")(emulate_command)
 app.command("delays")(delays_command)
 app.command("gloo")(gloo_command)
 app.command("report")(report_command)
+app.command("ended")(ended_command)
 
 
 @app.callback()

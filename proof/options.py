@@ -120,9 +120,9 @@ def add(parser: pytest.Parser) -> None:
     )
     group.addoption(
         "--nonce",
-        default="",
+        default=os.environ.pop("MEGAPROOF_NONCE", ""),  # a run inside this one is another run
         metavar="TEXT",
-        help="kept in the record of the run, so that whoever asked can tell it from an earlier one",
+        help="kept in the record of the run, to tell it from others (default: MEGAPROOF_NONCE, which make sets)",
     )
     group.addoption(
         "--require-pinned",

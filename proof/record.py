@@ -146,6 +146,22 @@ class Record:
         return path
 
 
+def missing(found: Record, nonce: str) -> str:
+    """Why a record is not that of a whole green run which was given this nonce, or ''."""
+    if found.nonce != nonce:
+        return "it is of another run: the run that was asked for has left none"
+    if found.exit_status != 0 or found.unproven or found.lost or found.disagree or found.names:
+        return f"the run ended with status {found.exit_status}, or something was wrong beside its tests"
+    outcomes = found.outcomes()
+    if wrong := {name for name in outcomes if name not in ("passed", "skipped", "xfailed")}:
+        return f"tests of it are {', '.join(sorted(name or 'unfinished' for name in wrong))}"
+    if not 0 < outcomes["passed"] == found.compared:
+        return f"it counts {found.compared} tests that compared, and holds {outcomes['passed']} that passed"
+    if found.selected.get("tests", 0) != len(found.tests):
+        return f"{found.selected.get('tests', 0)} tests were selected, and it holds {len(found.tests)}"
+    return ""
+
+
 def read(path: Path) -> Record:
     """The record in a file. Raises `RecordError`."""
     try:

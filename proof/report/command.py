@@ -7,8 +7,28 @@ from typing import Annotated
 
 import typer
 
-from megaproof.proof import record
+from megaproof.proof import record, report
 from megaproof.proof.report import html, text
+
+
+def ended_command(
+    nonce: Annotated[str, typer.Argument(help="what the run was given as --nonce")],
+    run: Annotated[
+        Path | None, typer.Argument(metavar="RUN.JSON", help="default: the record where runs leave it")
+    ] = None,
+) -> None:
+    """Says whether the run that was given this nonce has ended green, with every selected test in its record.
+
+    Exit status: 0 it has, 1 it has not, or left no record.
+    """
+    path = run or report.folder() / record.NAME
+    try:
+        problem = record.missing(record.read(path), nonce)
+    except record.RecordError as error:
+        problem = str(error)
+    if problem:
+        print(f"not green: {path}: {problem}")
+        raise typer.Exit(1)
 
 
 def report_command(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from importlib.util import find_spec
 from pathlib import Path
@@ -180,3 +181,27 @@ def test_the_command_shows_a_run_again(tmp_path: Path) -> None:
     assert "http" not in text, "one file, complete in itself"
     status, output = invoke(cli.app, "report", str(tmp_path / "nothing.json"))
     assert (status, "can't be read" in output) == (2, True)
+
+
+def test_a_record_is_of_the_run_that_was_asked_for(tmp_path: Path) -> None:
+    """Missing, of an earlier run, red, of nothing, or short of a test: each is red for make."""
+    path = tmp_path / "reports" / record.NAME
+    assert invoke(cli.app, "ended", "n1", str(path))[0] == 1
+    run = pytest_run(tmp_path, TIERS, "--nonce", "n1")
+    assert run.returncode == 0, run.stdout
+    assert invoke(cli.app, "ended", "n1", str(path)) == (0, "")
+    status, output = invoke(cli.app, "ended", "n2", str(path))
+    assert status == 1
+    assert "of another run" in output
+    green = record.read(path)
+    changes = {
+        "exit_status": 1,
+        "lost": ["a worker"],
+        "disagree": ["a test"],
+        "unproven": "nothing",
+        "compared": 0,
+        "selected": {"tests": 9},
+        "tests": {},
+    }
+    for name, value in changes.items():
+        assert record.missing(dataclasses.replace(green, **{name: value}), "n1"), name
