@@ -28,7 +28,7 @@ from megaproof.proof import tally
 from megaproof.proof.adapters import Adapter, Prepared, taken
 from megaproof.proof.divergence import Divergence, compare_stages
 from megaproof.proof.exact import Exact
-from megaproof.quant.host_state import guarded
+from megaproof.quant.host_state import guarded, neutral
 from megaproof.reference.layer import LayerResult
 from megaproof.reference.stages import SHOWN
 
@@ -145,7 +145,8 @@ def _results(
     handed_out = taken.asked(getattr(adapter, method))
     take = taken.stages if method == "stages" else functools.partial(taken.tensors, method)
     try:
-        copies = take(handed_out, problem.device)
+        with neutral():
+            copies = take(handed_out, problem.device)
     except taken.Unfit as error:
         raise Convicted(method, launch, str(error), wanted.y) from None
     if held is not None:

@@ -169,11 +169,19 @@ def _say(channel: socket.socket, number: int) -> None:
 # --- in a child -------------------------------------------------------------------------------------------------------
 
 
+def _hear_signals() -> None:
+    """A shell lets its jobs in the background ignore these; in a session of its own a child hears them again."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def _be(template: int, request: int, output: int, errors: int, paths: list[str]) -> NoReturn:
     """The life of a child: what its request says, and the exit status of that."""
     status = 1
     try:
         os.setsid()
+        _hear_signals()
         die_with(template)
         with open(request, encoding="utf-8") as text:
             text.seek(0)

@@ -87,7 +87,7 @@ def test_no_end_of_a_process_is_green(tmp_path: Path, what: str, status: int) ->
 def test_a_session_is_its_parents_to_end(tmp_path: Path) -> None:
     """A signal to the process that the shell knows reaches the session: it is interrupted, and tears down."""
     source = """
-        import os, signal
+        import os, signal, time
         import pytest
 
         @pytest.fixture
@@ -97,7 +97,8 @@ def test_a_session_is_its_parents_to_end(tmp_path: Path) -> None:
 
         def test_signal(around):
             os.kill(os.getppid(), signal.SIGINT)
-            signal.pause()
+            while True:
+                time.sleep(0.01)  # pause() would miss a signal that comes before it
     """
     run = pytest_run(tmp_path, source, "-s")
     assert run.returncode == 2, run.stdout + run.stderr

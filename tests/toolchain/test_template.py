@@ -188,3 +188,16 @@ def test_a_wait_ends_in_time(template: child.Template, tmp_path: Path) -> None:
     one.close()
     one.close()
     assert one.wait() == -signal.SIGKILL
+
+
+def test_a_child_hears_what_a_job_in_the_background_ignores(tmp_path: Path) -> None:
+    """A shell starts such jobs with SIGINT ignored, and Python then raises no KeyboardInterrupt."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGHUP, signal.SIGINT)}
+    made = child.Template("os:getpid")
+    try:
+        text = "import signal; print(signal.getsignal(signal.SIGINT).__name__, int(signal.getsignal(signal.SIGHUP)))"
+        assert execute(made, text, tmp_path) == (0, "default_int_handler 0\n")
+    finally:
+        made.close()
+        for number, handler in before.items():
+            signal.signal(number, handler)
