@@ -331,9 +331,12 @@ def test_a_terminated_run_leaves_its_points_and_dies_of_it(
     monkeypatch.setattr(sweep.os, "kill", lambda *who: killed.append((*who, signal.getsignal(signal.SIGTERM))))
     turn(lambda n: signal.raise_signal(signal.SIGTERM) if n == 3 else None)
     path = tmp_path / "new.json"
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    with pytest.raises(sweep.Terminated):
-        invoke(*RUN, "--json", str(path))
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as a command finds it; a session of pytest has its own
+    try:
+        with pytest.raises(sweep.Terminated):
+            invoke(*RUN, "--json", str(path))
+    finally:
+        signal.signal(signal.SIGTERM, before)
     assert killed == [(sweep.os.getpid(), signal.SIGTERM, signal.SIG_DFL)]
     assert read(path) == ([3, 5], False, [])
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +10,7 @@ import torch
 from megaproof.proof import adapters, options
 from megaproof.proof.adapters.megaproof import MegaproofAdapter
 from megaproof.proof.adapters.reference import ReferenceAdapter
-from megaproof.tests.support.patience import PATIENCE_S
+from megaproof.tests.support import warm
 from megaproof.tests.support.runs import ROOT, environment
 
 BAD = {
@@ -57,17 +55,11 @@ def test_the_options_know_the_same_default_and_worlds() -> None:
     assert options.WORLDS == adapters.WORLDS
 
 
+REFUSED = ["--no-header", "-p", "no:cacheprovider", "tests/proof/test_tally.py"]
+
+
 def test_pytest_refuses_it_at_the_start() -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "--no-header",
-        "--kernel",
-        "no_such_module:make",
-        "tests/cases/test_cases.py",
-    ]
-    run = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=PATIENCE_S)
+    run = warm.pytest_main(ROOT, [*REFUSED, "--kernel", "no_such_module:make"], environment())
     assert run.returncode == pytest.ExitCode.USAGE_ERROR
     assert "module no_such_module can't be imported" in run.stderr
     assert "Traceback" not in run.stderr
@@ -76,17 +68,8 @@ def test_pytest_refuses_it_at_the_start() -> None:
 def test_one_that_fails_at_the_start_is_a_wrong_option(tmp_path: Path) -> None:
     """With its own traceback, and not as an error inside pytest."""
     (tmp_path / "failing_adapter.py").write_text("raise RuntimeError('no driver')\n")
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "--no-header",
-        "--kernel",
-        "failing_adapter:make",
-        "tests/cases/test_cases.py",
-    ]
     variables = environment() | {"PYTHONPATH": str(tmp_path)}
-    run = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=PATIENCE_S)
+    run = warm.pytest_main(ROOT, [*REFUSED, "--kernel", "failing_adapter:make"], variables)
     assert run.returncode == pytest.ExitCode.USAGE_ERROR
     assert "--kernel failing_adapter:make raises RuntimeError: no driver" in run.stderr
     assert "failing_adapter.py" in run.stderr

@@ -15,7 +15,8 @@ from megaproof.kernel.__main__ import examine
 from megaproof.kernel.programs import PROGRAMS
 from megaproof.quant.recipe import RECIPES
 from megaproof.quant.shapes import SHAPES
-from megaproof.tests.support.runs import ROOT, python
+from megaproof.tests.support import warm
+from megaproof.tests.support.runs import ROOT, environment
 from megaproof.toolchain import sass
 from megaproof.toolchain.errors import EnvironmentMissing
 
@@ -32,8 +33,8 @@ def test_counts_of_cases() -> None:
     with_cases = [
         str(path) for path in ROOT.glob("tests/**/test_*.py") if re.search(r"\bcase: |\bgate\b", path.read_text())
     ]
-    options = ("-m", "pytest", "--collect-only", "-q", "-k", "dsv4_flash", "--ranks", "8")
-    listed = python(ROOT, *options, *with_cases).stdout
+    options = ["--collect-only", "-q", "-k", "dsv4_flash", "--ranks", "8"]
+    listed = warm.pytest_main(ROOT, [*options, *with_cases], environment()).stdout
     (line,) = re.findall(r"^megaproof: \d+ cases, .*$", listed, re.MULTILINE)
     assert line in SHOWN, "what the header of the gate says"
     assert f" {on_cpu} of tier cpu" in line

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import shlex
-import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from megaproof.tests.support.patience import PATIENCE_S
+from megaproof.tests.support import warm
 from megaproof.tests.support.runs import CASES, FAILS, TIERS, environment, pytest_run, python
 
 
@@ -33,14 +33,14 @@ def test_a_bad_option_is_a_usage_error(tmp_path: Path) -> None:
         "--seed": ["", "-1", "x", "1e3", str(2**64)],
         "--recipe": ["", "Default", "no such"],
     }
+    every = [f"{option}={value}" for option, bad in values.items() for value in bad]
+    many = f"import pytest; print([int(pytest.main(['-p', 'megaproof.proof.plugin', a])) for a in {every!r}])"
+    run = python(tmp_path, "-c", many)
+    assert run.stdout.strip().endswith(str([int(pytest.ExitCode.USAGE_ERROR)] * len(every))), run.stdout
     for option, bad in values.items():
-        arguments = [f"{option}={value}" for value in bad]
-        every = f"import pytest; print([int(pytest.main(['-p', 'conftest', a])) for a in {arguments!r}])"
-        run = python(tmp_path, "-c", every)
-        assert run.stdout.strip().endswith(str([int(pytest.ExitCode.USAGE_ERROR)] * len(bad))), run.stdout
         for value in bad:
             assert f"argument {option}: {value!r} is not a" in run.stderr
-        assert run.stderr.count("it takes ") == len(bad)
+    assert run.stderr.count("it takes ") == len(every)
 
 
 def test_recipe_replaces_that_of_every_case(tmp_path: Path) -> None:
@@ -81,10 +81,10 @@ def test_a_failure_ends_with_a_line_that_reproduces_it(tmp_path: Path) -> None:
         "test_tiny.py::test_setup": [],
     }
     line = next(line for line in lines if "--seed" in line)
-    command = [*shlex.split(line), "-p", "conftest"]
-    replay = subprocess.run(
-        command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=PATIENCE_S
-    )
+    interpreter, *module, test = shlex.split(line)[:4]
+    assert (interpreter, module) == (sys.executable, ["-m", "pytest"])
+    options = [test, *shlex.split(line)[4:], "-p", "megaproof.proof.plugin", "-p", "no:cacheprovider"]
+    replay = warm.pytest_main(tmp_path, options, environment())
     assert "assert 4 < 0" in replay.stdout, replay.stdout
     assert replay.returncode == 1
 

@@ -63,7 +63,7 @@ def test_the_bare_package_of_a_command_is_fine() -> None:
     assert problems("python -m golden verify", kernel=HOME / "kernel/__init__.py") != []
 
 
-@pytest.mark.parametrize("workers", [[], ["-n", "2"]], ids=["alone", "xdist"])
+@pytest.mark.parametrize("workers", [[], ["-n", "1"]], ids=["alone", "xdist"])
 def test_a_session_with_two_names_fails(tmp_path: Path, workers: list[str]) -> None:
     if workers:
         pytest.importorskip("xdist")

@@ -112,7 +112,7 @@ def test_a_folder_that_cannot_be_written_to_changes_no_verdict(tmp_path: Path) -
 def test_the_header_is_in_the_record(tmp_path: Path) -> None:
     assert pytest_run(tmp_path, TIERS, header=True).returncode == 0
     described = recorded(tmp_path).described
-    assert described.keys() == {"device", "arithmetic", "silicon"}
+    assert described.keys() == {"device", "arithmetic", "silicon", "cubins"}
     assert described["device"].startswith("device cpu (needs a GPU")
 
 

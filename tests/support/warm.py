@@ -8,8 +8,11 @@ run's own.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import importlib
+import importlib.util
+import io
 import os
 import subprocess
 import sys
@@ -22,7 +25,7 @@ from megaproof.toolchain import child
 
 PREPARE = "megaproof.tests.support.warm:load"
 MODULES = (
-    "pytest",  # and not hypothesis: pytest rewrites it
+    "pytest",
     "rich.console",
     "safetensors.torch",
     "typer.testing",
@@ -33,11 +36,25 @@ MODULES = (
 )
 
 
+class _Hypothesis:
+    """A plugin that imports what every run with the checkout's plugin imports."""
+
+    def pytest_configure(self) -> None:
+        for module in ("hypothesis", "hypothesis.strategies"):
+            if importlib.util.find_spec(module.partition(".")[0]):
+                importlib.import_module(module)
+
+
 def load() -> None:
     """What the template imports."""
     for module in MODULES:
         importlib.import_module(module)
     twin.describe("cpu")  # the header of a run names the compiled arithmetic, and loads it
+    import pytest
+
+    # pytest rewrites the asserts of hypothesis, and warns of one that another import has brought: so this is a run too.
+    with tempfile.TemporaryDirectory() as empty, contextlib.redirect_stdout(io.StringIO()):
+        pytest.main(["-c", os.devnull, "--rootdir", empty, "-p", "no:cacheprovider", empty], [_Hypothesis()])
 
 
 def be_pytest(arguments: list[str]) -> int:

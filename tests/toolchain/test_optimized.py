@@ -9,6 +9,11 @@ from megaproof.tests.support.house import ROOT, ROWS, modules, tree
 from megaproof.tests.support.runs import python
 
 COMPUTES = """
+import importlib._bootstrap_external as loading
+
+# Bytecode of torch without asserts need not exist, and takes seconds to make: it comes as it is, and ours is compiled.
+place = loading.cache_from_source
+loading.cache_from_source = lambda path: place(path, optimization=None if "site-packages" not in path else "")
 import torch
 from megaproof.cases import cases
 from megaproof.cases.compare import Differs, hold, same
