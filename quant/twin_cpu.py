@@ -11,17 +11,16 @@ from collections.abc import Callable
 import numba
 import numpy as np
 import torch
-from numba import njit, vectorize
 from torch import Tensor
 
 from megaproof.quant import atoms, lanes, tables
 from megaproof.quant.formats import F32_NAN
 from megaproof.quant.host_state import guarded, guarded_atom
+from megaproof.quant.numba_cache import compiled as _compiled
 from megaproof.quant.philox import check, check_lut
 
 NAME = f"numba {numba.__version__} on the CPU"
 
-_compiled = njit(cache=True, nogil=True, error_model="numpy", fastmath=False)
 _STEP = atoms.K_STEP
 _SIDE = 4
 """Outputs of a row side by side: a step waits for the one before it, and meanwhile the core works on the others."""
@@ -211,10 +210,6 @@ def _scalar_decode_bf16(code):
     return _one_nan(np.uint32((np.uint32(code) & 0xFFFF) << 16).view(np.float32))
 
 
-# Plain loops: numba's cache of gufuncs is not safe when processes fill it side by side (its issue 10128): test runs
-# with several workers on a fresh machine ended in segmentation faults.
-
-
 @_compiled
 def _rcp(x, rcp, out):
     for i in range(x.size):
@@ -245,13 +240,34 @@ def _silu_precise(x, ex2, out):
         out[i] = _scalar_silu_precise(x[i], ex2)
 
 
-# Eager signatures, cached on disk; these are numpy ufuncs, so they broadcast as numpy does.
-_unary = {"nopython": True, "cache": True}
-_fma = vectorize("float32(float32, float32, float32)", **_unary)(_scalar_fma.py_func)
-_encode_e4m3 = vectorize("uint8(float32)", **_unary)(_scalar_encode_e4m3.py_func)
-_decode_e4m3 = vectorize("float32(uint8)", **_unary)(_scalar_decode_e4m3.py_func)
-_encode_bf16 = vectorize("int16(float32)", **_unary)(_scalar_encode_bf16.py_func)
-_decode_bf16 = vectorize("float32(int16)", **_unary)(_scalar_decode_bf16.py_func)
+@_compiled
+def _fma(a, b, c, out):
+    for i in range(out.size):
+        out[i] = _scalar_fma(a[i], b[i], c[i])
+
+
+@_compiled
+def _encode_e4m3(x, out):
+    for i in range(x.size):
+        out[i] = _scalar_encode_e4m3(x[i])
+
+
+@_compiled
+def _decode_e4m3(code, out):
+    for i in range(code.size):
+        out[i] = _scalar_decode_e4m3(code[i])
+
+
+@_compiled
+def _encode_bf16(x, out):
+    for i in range(x.size):
+        out[i] = _scalar_encode_bf16(x[i])
+
+
+@_compiled
+def _decode_bf16(code, out):
+    for i in range(code.size):
+        out[i] = _scalar_decode_bf16(code[i])
 
 
 def _table(name: str) -> np.ndarray:
@@ -261,20 +277,14 @@ def _table(name: str) -> np.ndarray:
 def _looked_up(x: Tensor, loop: Callable[..., None], *table_names: str) -> Tensor:
     """A function of fp32 values by tables of the chip."""
     atoms.check_f32("x", x)
-    out = torch.empty(x.shape)
-    loop(x.contiguous().reshape(-1).numpy(), *map(_table, table_names), out.reshape(-1).numpy())
+    return _mapped(x, loop, torch.float32, *map(_table, table_names))
+
+
+def _mapped(x: Tensor, loop: Callable[..., None], dtype: torch.dtype, *tables: np.ndarray) -> Tensor:
+    """loop(x, *tables, out), element by element; out has x's shape."""
+    out = torch.empty(x.shape, dtype=dtype)
+    loop(x.contiguous().reshape(-1).numpy(), *tables, out.reshape(-1).numpy())
     return out
-
-
-def _floats(x: Tensor, function: Callable[..., np.ndarray]) -> Tensor:
-    atoms.check_f32("x", x)
-    return _flat(x, function)
-
-
-def _flat(x: Tensor, function: Callable[..., np.ndarray]) -> Tensor:
-    flat = x.contiguous().reshape(-1).numpy()
-    with np.errstate(all="ignore"):  # NaN, infinities and overflow are results here, not accidents
-        return torch.from_numpy(function(flat)).reshape(x.shape)
 
 
 @guarded_atom
@@ -306,33 +316,37 @@ def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """See `atoms.fma`."""
     for name, x in (("a", a), ("b", b), ("c", c)):
         atoms.check_f32(name, x)
-    with np.errstate(all="ignore"):
-        return torch.from_numpy(np.asarray(_fma(a.numpy(), b.numpy(), c.numpy())))
+    operands = torch.broadcast_tensors(a, b, c)
+    out = torch.empty(operands[0].shape)
+    _fma(*(t.contiguous().reshape(-1).numpy() for t in operands), out.reshape(-1).numpy())
+    return out
 
 
 @guarded_atom
 def encode_e4m3(x: Tensor) -> Tensor:
     """See `atoms.encode_e4m3`."""
-    return _floats(x, _encode_e4m3)
+    atoms.check_f32("x", x)
+    return _mapped(x, _encode_e4m3, torch.uint8)
 
 
 @guarded_atom
 def decode_e4m3(codes: Tensor) -> Tensor:
     """See `atoms.decode_e4m3`."""
-    return _flat(codes, _decode_e4m3)
+    return _mapped(codes, _decode_e4m3, torch.float32)
 
 
 @guarded_atom
 def encode_bf16(x: Tensor) -> Tensor:
     """See `atoms.encode_bf16`."""
-    return _floats(x, _encode_bf16).view(torch.bfloat16)
+    atoms.check_f32("x", x)
+    return _mapped(x, _encode_bf16, torch.int16).view(torch.bfloat16)
 
 
 @guarded_atom
 def decode_bf16(x: Tensor) -> Tensor:
     """See `atoms.decode_bf16`."""
     atoms.check_bf16(x)
-    return _flat(x.contiguous().view(torch.int16), _decode_bf16)
+    return _mapped(x.contiguous().view(torch.int16), _decode_bf16, torch.float32)
 
 
 # --- the generator ----------------------------------------------------------------------------------------------------
