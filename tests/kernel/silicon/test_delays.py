@@ -5,6 +5,7 @@ Every launch that is waited for leaves the guards of proof/guards.py.
 
 from __future__ import annotations
 
+import functools
 from contextlib import closing
 
 import pytest
@@ -32,22 +33,26 @@ from megaproof.tests.support.invariance import (
 
 
 @pytest.mark.parametrize(
-    "delay, granularity",
-    [
-        pytest.param(delay, granularity, marks=() if i < (3 if granularity == 64 else 1) else pytest.mark.gpu)
-        for granularity in GRANULARITIES
-        for i, delay in enumerate(DELAYS)
-    ],
-    ids=lambda value: value.id if isinstance(value, Delay) else f"g{value}",
+    "granularity", [pytest.param(g, marks=() if g == 64 else pytest.mark.gpu, id=f"g{g}") for g in GRANULARITIES]
 )
+def test_a_build_with_every_role_late_passes_the_gate(granularity: int) -> None:
+    """One build has all waits at once. Without a GPU it is compiled for 64 columns alone, for the time it takes."""
+    every = functools.reduce(lambda program, delay: program.edited(delay.change), DELAYS, moe.moe(granularity))
+    assert set(every.compile().report.entries) == set(moe.ENTRIES)
+
+
+@pytest.mark.gpu
+@per_granularity
+@pytest.mark.parametrize("delay", DELAYS, ids=lambda delay: delay.id)
 def test_a_build_with_a_late_role_passes_the_gate(delay: Delay, granularity: int) -> None:
-    """Four of them without a GPU, for the time that they take; `python -m proof delays` builds them all."""
+    """Where they are launched; `python -m proof delays` builds them all anywhere."""
     assert set(delays.program(delay, granularity).compile().report.entries) == set(moe.ENTRIES)
 
 
+@per_granularity
 @pytest.mark.parametrize("delay", [*DELAYS, delays.STUCK, delays.ABSENT], ids=lambda delay: delay.id)
-def test_a_delay_is_one_more_statement_in_the_sources(delay: Delay) -> None:
-    text = delays.program(delay).text()
+def test_a_delay_is_one_more_statement_in_the_sources(delay: Delay, granularity: int) -> None:
+    text = delays.program(delay, granularity).text()
     assert text.count(f" - late < {delay.microseconds}000u)") == 1
 
 
