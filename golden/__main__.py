@@ -21,6 +21,7 @@ from megaproof.cases.cases import CASES, Case
 from megaproof.cases.compare import bits
 from megaproof.cases.run import CaseRun, run_case
 from megaproof.golden import folders, silicon, store
+from megaproof.golden.errors import GoldenError
 from megaproof.quant import twin
 from megaproof.quant.recipe import Recipe
 from megaproof.quant.tables import TableError
@@ -75,7 +76,7 @@ def verify(only: Only = "", folder: Folder = store.FOLDER) -> None:
             golden = store.read(case, folder)
             run = run_case(case, progress=progress)
             size = store.check(case, golden, run.sha256, run.trace)
-        except store.GoldenError as error:
+        except GoldenError as error:
             failures.append(str(error))
             console.print(f"[red]differs[/] {case.id}", highlight=False)
             return
@@ -90,7 +91,7 @@ def verify(only: Only = "", folder: Folder = store.FOLDER) -> None:
         try:
             counts = ", ".join(f"{count:,} {what}" for what, count in silicon.verify(chip).items())
             _say(f"proven  silicon {chip}: {counts}")
-        except (store.GoldenError, TableError) as error:
+        except (GoldenError, TableError) as error:
             failures.append(str(error))
     for failure in failures:
         _say(failure, "red")
@@ -189,7 +190,7 @@ def _print_change(run: CaseRun, before: dict[str, Any], changed: list[str], fold
             continue
         try:
             golden = store.read_entry(before, folder)
-        except store.GoldenError as error:
+        except GoldenError as error:
             _say(f"  {name}: {error}")
             continue
         rows = len(store.changed_rows(name, golden, trace))
@@ -231,7 +232,7 @@ def main() -> None:
     """Runs the command line; what ends in a known error gets one sentence and its status."""
     try:
         app()
-    except (store.GoldenError, TableError) as error:
+    except (GoldenError, TableError) as error:
         _say(str(error), "red")
         sys.exit(1)
     except EnvironmentMissing as error:

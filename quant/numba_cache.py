@@ -42,7 +42,7 @@ def compiled(function: Callable[..., Any]) -> Any:
     return dispatcher
 
 
-class Cache(_Cache):
+class Cache(_Cache):  # type: ignore[misc]
     """The cache of one function, as a dispatcher of numba asks it."""
 
     def __init__(self, function: Callable[..., Any]) -> None:

@@ -94,7 +94,7 @@ def library(text: str) -> ctypes.CDLL:
         source_path = target.with_suffix(".cpp")
         source_path.write_text(text)
         try:
-            parts = ["-include", header, source_path, machine_object]
+            parts: list[str | Path] = ["-include", header, source_path, machine_object]
             _compile([*command, "-shared", "-o", target, *parts], "the kernel")
         finally:
             source_path.unlink(missing_ok=True)
