@@ -83,6 +83,7 @@ def recipe(text: str) -> str:
 
 def add(parser: pytest.Parser) -> None:
     """Adds the options of the suite to pytest's."""
+    parser.addini("one_worker", "files whose tests all run on one worker of pytest-xdist", "linelist")
     parser.addini("megaproof_plugin", "set where a run without this plugin is to be refused, by --strict-config")
     group = parser.getgroup("megaproof")
     group.addoption(

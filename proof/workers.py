@@ -32,14 +32,19 @@ class CrashedOnce:
 def scheduler(config: pytest.Config, log: Any, chosen: str | None) -> Any | None:
     """A scheduler for what the command line says of `--dist`, or None where pytest-xdist's own is right.
 
-    chosen: None: nothing is said. Then all proofs of a case run on one worker, so that each case is computed once.
+    chosen: None: nothing is said. Then all proofs of a case run on one worker, so that each case is computed once; and
+    so do all tests of a file that the ini option `one_worker` names, since they share what is made once a process.
     `--dist loadgroup` would be pytest-xdist's own way; xdist 3.8 marks the groups in a field that pytest 9.2 lacks.
     """
     from xdist import scheduler as own
 
+    together = set(config.getini("one_worker"))
+
     class ByCase(CrashedOnce, own.LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file, _, name = nodeid.partition("::")
+            if file in together:
+                return file
             return f"{file}::{name[name.index('[') :]}" if name.endswith("]") else nodeid
 
     class ByScope(CrashedOnce, own.LoadScopeScheduling):

@@ -60,6 +60,25 @@ def test_xdist_computes_each_case_once(tmp_path: Path) -> None:
     assert shlex.split(line)[3] == "test_tiny.py::TestCase::test_three[tiny-r6]"
 
 
+@pytest.mark.skipif(not find_spec("xdist"), reason="pytest-xdist is not installed")
+def test_a_file_that_makes_something_large_stays_on_one_worker(tmp_path: Path, pytestconfig: pytest.Config) -> None:
+    source = """
+        import os
+        import pathlib
+        import pytest
+
+        @pytest.mark.parametrize("number", range(6))
+        def test_it(number):
+            with pathlib.Path(__file__).with_name("ran").open("a") as log:
+                log.write(f"{os.getpid()}\\n")
+    """
+    run = pytest_run(tmp_path, source, "-n", "2", "-o", "one_worker=test_tiny.py")
+    assert run.returncode == 0, run.stdout
+    ran = (tmp_path / "ran").read_text().split()
+    assert (len(ran), len(set(ran))) == (6, 1)
+    assert all((pytestconfig.rootpath / file).is_file() for file in pytestconfig.getini("one_worker"))
+
+
 GPU_MEMORY = """
     import dataclasses
     import weakref
