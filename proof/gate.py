@@ -41,8 +41,8 @@ SAMPLE_TOKENS, SAMPLE_COLUMNS = 2, 96
 """Tokens and columns of y that the oracles compute; at full size, which costs most, half the tokens."""
 
 
-class Run(CaseRun):
-    """One case, computed once for all its proofs."""
+class SampledRun(CaseRun):
+    """A case that is computed once for all of its proofs, and the samples that each proof takes of it."""
 
     def random(self, proof: str) -> random.Random:
         """A generator of samples: the same for a case, a proof and a seed, on every machine."""
@@ -70,12 +70,12 @@ class Run(CaseRun):
 
 
 @pytest.fixture(scope="module")
-def run(case: Case) -> Iterator[Run]:
+def run(case: Case) -> Iterator[SampledRun]:
     """A case with its inputs and its traced result, made once for all of its proofs."""
     made = inputs.make(case, default_device())
     if case.tier == "cpu":  # what launches repeat is not computed again; a large batch would fill the memory
         made = dataclasses.replace(made, weights=Remembering(made.weights))
-    found = Run(**vars(run_case(case, made=made)))
+    found = SampledRun(**vars(run_case(case, made=made)))
     yield found
     vars(found).clear()  # pytest holds it until after this
     memory.free(0)
@@ -91,7 +91,7 @@ on_cases = pytest.mark.parametrize("case", IN_ORDER, ids=lambda case: case.id, s
 class TestGolden:
     """Cases of tier cpu against their goldens."""
 
-    def test_stages_equal_the_golden(self, run: Run, pytestconfig: pytest.Config) -> None:
+    def test_stages_equal_the_golden(self, run: SampledRun, pytestconfig: pytest.Config) -> None:
         if pytestconfig.getoption("--seed") or pytestconfig.getoption("--recipe"):
             pytest.skip("goldens belong to --seed 0 and to the case's own recipe")
         compared = store.check(run.case, store.read(run.case), run.sha256, run.trace)
@@ -103,7 +103,7 @@ class TestCase:
     """The other six proofs of a case."""
 
     def test_the_kernel_equals_the_reference(
-        self, run: Run, pytestconfig: pytest.Config, record_property: pytest.RecordProperty
+        self, run: SampledRun, pytestconfig: pytest.Config, record_property: pytest.RecordProperty
     ) -> None:
         """All launches of a proof of the kernel behind --kernel; of ours on a CPU at full size, or over gloo, one."""
         world, spec = pytestconfig.getoption("--world"), pytestconfig.getoption("--kernel")
@@ -130,13 +130,13 @@ class TestCase:
         wanted = run.integers is not None and any(run.case.tokens)
         hold(bool(proof.by_integers) == wanted, f"{run.case.id}: {proof.by_integers} elements by integers")
 
-    def test_the_twin_equals_the_readable_reference(self, run: Run) -> None:
+    def test_the_twin_equals_the_readable_reference(self, run: SampledRun) -> None:
         check_dispatch(run)
         compared = check_rooms(run)
         check_combine(run)
         hold(compared > 0 or not len(run.trace["rows"]), f"{run.case.id}: no element of a room was compared")
 
-    def test_y_is_inside_the_fp64_bound(self, run: Run, record_property: pytest.RecordProperty) -> None:
+    def test_y_is_inside_the_fp64_bound(self, run: SampledRun, record_property: pytest.RecordProperty) -> None:
         recipe, columns, used = run.case.recipe, run.columns("fp64"), 0.0
         for rank, token in run.oracle_tokens("fp64"):
             y64, bound = oracle.fp64_layer(
@@ -156,7 +156,7 @@ class TestCase:
         print(f"{run.case.id}: {100 * used:.2f} % of the FP64 bound used")
         hold(used <= 1.0, f"{run.case.id}: y lies outside the FP64 bound, at {used:.3f} of it")
 
-    def test_statistics_equal_a_count_by_hand(self, run: Run) -> None:
+    def test_statistics_equal_a_count_by_hand(self, run: SampledRun) -> None:
         counts = Counter(e for idx in run.inputs.topk_idx for token in idx.tolist() for e in token if e >= 0)
         local = run.case.shape.experts_per_rank(run.case.ranks)
         expected = [[counts[rank * local + e] for e in range(local)] for rank in range(run.case.ranks)]
@@ -164,7 +164,7 @@ class TestCase:
         hold(found == expected, f"{run.case.id}: statistics {found}, by hand {expected}")
         hold(sum(map(sum, expected)) == rows, f"{run.case.id}: {rows} rows, by hand {sum(map(sum, expected))}")
 
-    def test_y_does_not_depend_on_batch_order_and_ranks(self, run: Run) -> None:
+    def test_y_does_not_depend_on_batch_order_and_ranks(self, run: SampledRun) -> None:
         """Three tokens alone, in another order, on another number of ranks: the same bits as in the whole batch."""
         places = run.tokens("invariance", 3)
         if not places:
@@ -181,7 +181,7 @@ class TestCase:
         expected = [run.result.y[rank][token] for rank, token in places]
         same("y", torch.stack(expected), torch.cat(alone.y))
 
-    def test_lattice_y_equals_integers(self, run: Run) -> None:
+    def test_lattice_y_equals_integers(self, run: SampledRun) -> None:
         """The integer oracle refuses where a step rounds: random data always, a lattice never; it never disagrees.
 
         The kernel's y is held against the same integers in its own proof.
@@ -211,12 +211,12 @@ class TestCase:
                 same("y", y, run.result.y[rank][[token]][:, columns].contiguous().view(torch.int16).cpu())
 
 
-def rank_arguments(run: Run, rank: int) -> tuple[Tensor, ...]:
+def rank_arguments(run: SampledRun, rank: int) -> tuple[Tensor, ...]:
     """x, x_sf, topk_idx and topk_weights of one rank."""
     return tuple(tensors[rank] for tensors in run.inputs.arguments()[:4])
 
 
-def check_dispatch(run: Run) -> None:
+def check_dispatch(run: SampledRun) -> None:
     """Every routed row is the bytes of its source token, found without the reference's own indexing."""
     made, trace = run.inputs, run.trace
     expected = [
@@ -234,7 +234,7 @@ def check_dispatch(run: Run) -> None:
             same(stage, copied, trace[stage], trace["rows"])
 
 
-def check_rooms(run: Run) -> int:
+def check_rooms(run: SampledRun) -> int:
     """Sampled rows and one 128-wide block of columns of each GEMM, by the readable atoms; returns elements compared."""
     case, recipe, made, trace = run.case, run.case.recipe, run.inputs, run.trace
     chance, compared = run.random("rooms"), 0
@@ -266,7 +266,7 @@ def check_rooms(run: Run) -> int:
     return compared
 
 
-def check_combine(run: Run) -> None:
+def check_combine(run: SampledRun) -> None:
     """y of sampled tokens again from their slots, by the readable atoms."""
     made, chosen = run.inputs, run.tokens("combine", COMBINED_TOKENS)
     by_rank = [sorted(token for rank, token in chosen if rank == r) for r in range(run.case.ranks)]

@@ -107,17 +107,13 @@ def names_of_classes(path: Path) -> Iterator[str]:
     yield from (n.name for n in tree(path).body if isinstance(n, ast.ClassDef) and not n.name.startswith("_"))
 
 
-TWO_MEANINGS = {"Run"}
-"""Names that still have two; one that no longer has them must leave this list."""
-
-
 def test_a_class_name_has_one_meaning() -> None:
     """Two classes of one name are two ideas, or one idea written twice."""
     places: dict[str, list[str]] = {}
     for path in SOURCES:
         for name in names_of_classes(path):
             places.setdefault(name, []).append(str(path.relative_to(ROOT)))
-    assert {name for name, found in places.items() if len(found) > 1} == TWO_MEANINGS, places
+    assert {name: found for name, found in places.items() if len(found) > 1} == {}
 
 
 @pytest.mark.parametrize(
