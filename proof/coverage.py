@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megaproof.cases.cases import Case
 from megaproof.cases.inputs import Inputs
-from megaproof.cases.inputs.adversarial import MIDPOINTS
+from megaproof.cases.inputs.edges import MIDPOINTS
 from megaproof.quant import atoms
 from megaproof.quant.cast import BLOCK, group_amax
 from megaproof.quant.formats import f32_bits, pow2

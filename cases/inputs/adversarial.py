@@ -2,26 +2,27 @@
 
 How a value is put where it is wanted. A few columns of x are probes: an 'exact' token is 1 there and 0 elsewhere, so a
 row of W1 says its gate (or up) itself, as six E4M3 digits, three in the first K block and three, 2^-12 as heavy, in
-the last: any fp32 number, summed without a rounding. `solve` then finds, for a wanted v, a gate and an up whose
+the last: any fp32 number, summed without a rounding. `edges.solve` then finds, for a wanted v, a gate and an up whose
 activation is exactly v. What columns of I hold goes by 64-group, see `GROUP_KINDS`; what tokens are, see `TOKEN_KINDS`.
 All the rest of the weights is random, so that other tokens exercise the sums.
 
 Gates and ups follow the clamp of the case's recipe and no other field of it. Where both forms of silu must give a
-value, `solve` takes gates on which they agree; for every second tie gates on which they differ, by an ulp that shows.
+value, `edges.solve` takes gates on which they agree; for every second tie gates on which they differ, by an ulp that
+shows.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from megaproof.cases.inputs.draws import CHOICE, SPARSE, TOPK_WEIGHTS, X_CODES, X_SF, Drawn, powers, scales, stream
+from megaproof.cases.inputs.edges import CODES, DIGITS, EDGES, MIDPOINTS, SUBNORMAL, digits, limit, solve, up_unit
 from megaproof.cases.inputs.families import draw_codes, expert
-from megaproof.quant import atoms, philox
+from megaproof.quant import philox
 from megaproof.quant.cast import BLOCK
 from megaproof.quant.formats import f32_bits, f32_from_bits
 from megaproof.reference.operands import ExpertWeights, e4m3
@@ -52,12 +53,10 @@ y's rounding together, and neither does alone: so y depends on the order in whic
 
 GATE_COLUMNS, UP_COLUMNS = (5, 40, 77), (22, 54, 119)
 """Probe columns, in the first and in the last K block."""
-PROBE_SCALE, DIGITS = 9, 12
-"""x_sf of an exact token is 2^9 in the first block and 2^-3, twelve binary digits less, in the last."""
+PROBE_SCALE = 9
+"""x_sf of an exact token is 2^9 in the first block and 2^-3, `DIGITS` binary digits less, in the last."""
 GATE_UNIT = -2
 """A gate's digit 1 is worth 2^-2, or 2^-1 in every other block of rows."""
-LARGEST = 16.0
-"""Stands for the clamp where there is none below it."""
 PAIR = (3, 20)
 """The two columns of a k32 step whose products cancel, in all blocks but those of the probes."""
 SPARSE_ROWS = 4
@@ -75,73 +74,6 @@ def make_adversarial(case: Case, topk_idx: list[Tensor], device: torch.device) -
     x, x_sf = zip(*(_tokens(case, rank, device) for rank in range(case.ranks)), strict=True)
     topk_weights = [_routing_weights(case, rank).to(device) for rank in range(case.ranks)]
     return list(x), list(x_sf), topk_weights, functools.partial(_expert, case, device)
-
-
-# --- values -----------------------------------------------------------------------------------------------------------
-
-
-def limit(clamp: float | None) -> float:
-    """The clamp, or what stands for it."""
-    return LARGEST if clamp is None else min(clamp, LARGEST)
-
-
-def up_unit(clamp: float | None) -> int:
-    """Exponent of an up's digit 1: ups near the clamp have a leading digit of 128 to 255."""
-    return int(f32_bits(torch.tensor([max(limit(clamp), 2.0**-20)]))[0] >> 23) - 127 - 7
-
-
-def digits(value: Tensor, unit: Tensor) -> Tensor:
-    """float32 [n] -> E4M3 codes uint8 [n, 6], most significant first, each cut toward zero.
-
-    value = unit * (the first three + 2^-12 * the last three), exactly where |value| / unit is in [4, 448].
-    """
-    rest, out = value.double() / unit.double(), []
-    for place in range(6):
-        if place == 3:
-            rest = rest * 2.0**DIGITS
-        magnitude = rest.abs().clamp(max=448.0).to(torch.float32)  # double has at most 24 digits left here
-        grid = powers(((f32_bits(magnitude) >> 23) - 127 - 3).clamp(min=-9)).double()
-        digit = (magnitude.double() / grid).floor() * grid
-        digit = torch.where(rest < 0, -digit, digit)
-        out.append(atoms.encode_e4m3(digit.to(torch.float32)))
-        rest = rest - digit
-    return torch.stack(out, dim=1)
-
-
-@functools.cache
-def solve(clamp: float | None, targets: tuple[float, ...], agree: bool = True) -> tuple[Tensor, Tensor]:
-    """For each target t: gate and up, float32 [n], with fl(silu(gate) * up) = t * 2^`level`, neither beyond the clamp.
-
-    That is the fast silu; the precise one is the same (agree) or another, and then so is fl(silu(gate) * up). Up lies
-    where its digits say it exactly. Where nothing fits (a clamp of 0) both are 0.
-    """
-    top = limit(clamp)
-    gates = torch.arange(15, 7, -1) * powers(torch.arange(1, -40, -1))[:, None]  # 4 binary digits, from the largest
-    gates = gates.reshape(-1)[None, gates.reshape(-1) <= top]
-    fast, precise = (atoms.silu(gates, mode) for mode in (True, False))
-    wanted = torch.tensor(targets)[:, None] * powers(level(clamp))
-    up = wanted / fast
-    unit = 2.0 ** up_unit(clamp)
-    forms = fast == precise if agree else precise * up != wanted
-    fits = forms & (fast * up == wanted) & (up.abs() <= top) & (up.abs() >= 4 * unit)
-    first = fits.to(torch.uint8).argmax(1)
-    found = fits.any(1)
-    return torch.where(found, gates[0, first], 0.0), torch.where(found, up[torch.arange(len(first)), first], 0.0)
-
-
-def level(clamp: float | None) -> int:
-    """Largest j for which 448 * 2^j, and one ulp more, is an activation."""
-    top = torch.tensor([max(limit(clamp), 2.0**-20)])
-    most = float(atoms.silu(top, True)[0] * top[0]) * (1 - 2.0**-10) / 448
-    return int(f32_bits(torch.tensor([most]))[0] >> 23) - 127
-
-
-CODES = tuple(atoms.decode_e4m3(torch.arange(127)).tolist())
-"""Magnitudes of the codes."""
-MIDPOINTS = tuple((low + high) / 2 for low, high in itertools.pairwise(CODES))
-SUBNORMAL = (*CODES[1:8], *MIDPOINTS[:8])
-EDGES = tuple(f32_from_bits(torch.tensor([0x43DFFFFF, 0x43E00000, 0x43E00001])).tolist())
-"""One ulp below 448, 448, one above."""
 
 
 # --- experts ----------------------------------------------------------------------------------------------------------
