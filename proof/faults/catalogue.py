@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from megaproof.proof.faults import adapters, delays, source, traces
+from megaproof.proof.faults import adapters, delays, source, source_order, source_values, traces
 
 Carrier = Literal["source", "adapter", "trace", "delay"]
 NOTHING = "nothing"
@@ -35,7 +35,7 @@ class Fault:
 
 
 def _all() -> Iterator[Fault]:
-    for own in (*source.FAULTS, *source.OVERWRITES):
+    for own in (*source_values.FAULTS, *source_order.FAULTS, *source_values.OVERWRITES):
         yield Fault(own.id, own.room, own.origin, "source", own, own.check)
     for name, (factory, check) in adapters.WRONG.items():
         yield Fault(name, check.partition(" of ")[0], source.PUBLIC, "adapter", factory, check)

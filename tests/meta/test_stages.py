@@ -32,7 +32,7 @@ ALLOWED = {
     "proof/explain/replay.py": "counts stats by hand",
     "proof/faults/adapters.py": "kernels that are wrong in one stage",
     "proof/faults/hostile.py": "answers with another y",
-    "proof/faults/source.py": "faults of the sources, and the stage that shows each",
+    "proof/faults/source_values.py": "faults of the sources, and the stage that shows each",
     "proof/faults/traces.py": "errors planted in one stage",
     "proof/gate.py": "computes the rooms again, each from the stage before it",
     "proof/guards.py": "lays guards around y and stats",

@@ -8,7 +8,7 @@ import pytest
 
 from megaproof.kernel import emulator
 from megaproof.kernel.programs.moe import moe
-from megaproof.proof.faults import adapters, catalogue, delays, source, traces
+from megaproof.proof.faults import adapters, catalogue, delays, source, source_order, source_values, traces
 from megaproof.proof.faults.catalogue import CATALOGUE, NOTHING
 from megaproof.proof.faults.delays import Delay
 from megaproof.reference.stages import STAGES
@@ -19,8 +19,9 @@ from megaproof.toolchain.errors import BuildError
 def test_it_holds_what_every_carrier_has() -> None:
     changes = [fault.change for fault in CATALOGUE]
     carried = [
-        *source.FAULTS,
-        *source.OVERWRITES,
+        *source_values.FAULTS,
+        *source_order.FAULTS,
+        *source_values.OVERWRITES,
         *(factory for factory, _ in adapters.WRONG.values()),
         *traces.PLANTS.values(),
         *delays.DELAYS,

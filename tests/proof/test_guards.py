@@ -13,7 +13,7 @@ from megaproof.cases.cases import Case
 from megaproof.kernel import emulator
 from megaproof.kernel.host.buffer import BufferSize, RankViews
 from megaproof.kernel.host.sizes import ALIGNMENT, GRANULARITIES
-from megaproof.proof.faults import catalogue, source
+from megaproof.proof.faults import catalogue, source, source_values
 from megaproof.proof.guards import (
     COUNTS,
     GUARD,
@@ -101,7 +101,7 @@ def test_nothing_else_is_written(tokens: tuple[int, ...], granularity: int) -> N
 # --- that it would be seen --------------------------------------------------------------------------------------------
 
 
-FAULTS = [fault.change for fault in catalogue.of("source") if fault.change in source.OVERWRITES]
+FAULTS = [fault.change for fault in catalogue.of("source") if fault.change in source_values.OVERWRITES]
 
 
 @emulated
