@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megaproof import __version__
-from megaproof.tests.support.house import ROOT, ROWS, TAG, files, tags, text
+from megaproof.tests.support.house import ROOT, ROWS, TAG, files, modules, tags, text
 
 PROMISED = {
     ".": "README.md LICENSE NOTICE CHANGELOG.md CONTRIBUTING.md pyproject.toml constraints.txt "
@@ -28,6 +28,20 @@ PROMISED = {
 }
 NO_ROOM = {"ptx", "params", "storage"}
 """Headers of the kernel that are not a room: every line of PTX, the Params POD, shared memory."""
+MOST_LINES = 300
+LONGER = {
+    "golden/capture.py": 305,
+    "golden/store.py": 304,
+    "proof/faults/hostile.py": 302,
+    "quant/twin_cpu.py": 372,
+    "tests/bench/test_sweep.py": 388,
+    "tests/kernel/host/test_checks.py": 309,
+    "tests/proof/test_processes.py": 334,
+    "tests/proof/test_supervisor.py": 304,
+    "tests/quant/test_twin.py": 329,
+    "tests/reference/test_arguments.py": 321,
+}
+"""Modules above MOST_LINES, and how many lines each may have."""
 HOME = re.compile(r"(?<![\w.~])/(?:home|Users)/\w+|(?<![\w./])/roo[t]/\w*")
 
 
@@ -131,6 +145,13 @@ def test_the_version_has_a_changelog_entry() -> None:
     assert re.search(
         rf"^## \[?{re.escape(release)}\b", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE
     )
+
+
+def test_a_module_is_short_enough_to_be_read_at_once() -> None:
+    """A longer one holds two thoughts. An exception may only become shorter, and leaves the list when it is short."""
+    lines = {str(p.relative_to(ROOT)): len(p.read_text(encoding="utf-8").splitlines()) for p in modules(*ROWS)}
+    assert {name: count for name, count in lines.items() if count > LONGER.get(name, MOST_LINES)} == {}
+    assert [name for name in LONGER if lines.get(name, 0) <= MOST_LINES] == []
 
 
 def test_links_between_documents_lead_somewhere() -> None:
