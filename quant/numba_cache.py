@@ -38,11 +38,11 @@ _PLAIN = (bool, int, float, str, bytes, tuple, type(None))
 def compiled(function: Callable[..., Any]) -> Any:
     """The function, compiled on its first call or read from the cache: no fast math, the GIL released."""
     dispatcher = njit(nogil=True, error_model="numpy", fastmath=False)(function)
-    dispatcher._cache = Cache(function)
+    dispatcher._cache = FunctionCache(function)
     return dispatcher
 
 
-class Cache(_Cache):  # type: ignore[misc]
+class FunctionCache(_Cache):  # type: ignore[misc]
     """The cache of one function, as a dispatcher of numba asks it."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
