@@ -10,7 +10,6 @@ from contextlib import closing
 
 import pytest
 
-from megaproof.kernel.host.sizes import GRANULARITIES
 from megaproof.kernel.programs import moe
 from megaproof.proof.faults import delays
 from megaproof.proof.faults.delays import DELAYS, Delay
@@ -32,11 +31,9 @@ from megaproof.tests.support.invariance import (
 )
 
 
-@pytest.mark.parametrize(
-    "granularity", [pytest.param(g, marks=() if g == 64 else pytest.mark.gpu, id=f"g{g}") for g in GRANULARITIES]
-)
+@per_granularity
 def test_a_build_with_every_role_late_passes_the_gate(granularity: int) -> None:
-    """One build has all waits at once. Without a GPU it is compiled for 64 columns alone, for the time it takes."""
+    """One build has all waits at once, which a machine without a GPU can afford to compile."""
     every = functools.reduce(lambda program, delay: program.edited(delay.change), DELAYS, moe.moe(granularity))
     assert set(every.compile().report.entries) == set(moe.ENTRIES)
 
